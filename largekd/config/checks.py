@@ -1,0 +1,82 @@
+"""Rules that join several keys of a run configuration."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from largekd.config.run import RunConfig
+from largekd.errors import ConfigError
+
+
+def check_config(config: RunConfig) -> list[str]:
+    """The rules that the values break together, one line each; empty when the run can be built."""
+    return [*_train(config), *_student(config), *_objective(config), *_optim(config), *_data(config)]
+
+
+def check_world(config: RunConfig, *, world_size: int) -> int:
+    """Micro-batches per optimizer step: global_batch_size / (ranks * micro_batch_size).
+
+    Errors: ConfigError when it does not come out whole.
+    """
+    train = config.train
+    rows = world_size * train.micro_batch_size
+    if train.global_batch_size % rows:
+        ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
+        raise ConfigError(
+            f"train.global_batch_size = {train.global_batch_size}: must be a multiple of {ranks} x "
+            f"train.micro_batch_size = {train.micro_batch_size}, that is of {rows}. "
+            "Change either key or the number of ranks."
+        )
+    return train.global_batch_size // rows
+
+
+def _train(config: RunConfig) -> Iterator[str]:
+    train = config.train
+    if train.max_steps is None and train.max_epochs is None:
+        yield "train.max_steps: set it or train.max_epochs, otherwise the run has no end"
+
+
+def _student(config: RunConfig) -> Iterator[str]:
+    student = config.student
+    if student.model is None and student.config is None and student.teacher_layers is None:
+        yield "student.model: set it, or student.config, or student.teacher_layers, otherwise there is no student"
+    layers = student.teacher_layers
+    if layers is not None and not layers:
+        yield "student.teacher_layers = []: name at least one layer of the teacher"
+    if layers and min(layers) < 0:
+        yield f"student.teacher_layers: {min(layers)} is not a layer; the first one is 0"
+
+
+def _objective(config: RunConfig) -> Iterator[str]:
+    objective = config.objective
+    counts = Counter(term.name for term in objective.divergences)
+    for name, count in counts.items():
+        if count > 1:
+            yield f"objective.divergences: {name} appears {count} times; give it once, with the sum of the weights"
+    if objective.alpha > 0 and not any(term.weight > 0 for term in objective.divergences):
+        yield (
+            f"objective.divergences: objective.alpha = {objective.alpha} needs one with a positive weight; "
+            "objective.alpha=0 trains on cross-entropy alone"
+        )
+
+
+def _optim(config: RunConfig) -> Iterator[str]:
+    optim, max_steps = config.optim, config.train.max_steps
+    if max_steps is not None and optim.warmup_steps >= max_steps:
+        yield f"optim.warmup_steps = {optim.warmup_steps}: must be less than train.max_steps = {max_steps}"
+    for index, beta in enumerate(optim.betas):
+        if not 0 <= beta < 1:
+            yield f"optim.betas.{index} = {beta}: must be at least 0 and less than 1"
+    for name, count in Counter(group.name for group in optim.groups).items():
+        if count > 1:
+            yield f"optim.groups: the name {name!r} is used {count} times; names must differ"
+    for index, group in enumerate(optim.groups):
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            yield f"optim.groups.{index}.pattern = {group.pattern!r}: not a regular expression ({error})"
+
+
+def _data(config: RunConfig) -> Iterator[str]:
+    if config.data.eval is None and config.eval.every_steps:
+        yield f"eval.every_steps = {config.eval.every_steps}: there is nothing to evaluate on; set data.eval"

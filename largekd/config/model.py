@@ -1,0 +1,37 @@
+"""Where the two models come from and where their weights are placed."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from largekd.config.common import Frozen
+
+
+class SourceModelConfig(Frozen):
+    """Keys that every model loaded from a folder or the hub has."""
+
+    revision: str | None = Field(None, description="Commit or tag of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
+    deepspeed: str = Field(description="ds_configs file with this model's placement.")
+    attention: Literal["sdpa", "flash_attention_2", "flex_attention", "eager"] = Field(
+        "sdpa", description="Attention implementation; flash_attention_2 needs a GPU and the flash-attn package."
+    )
+
+
+class TeacherConfig(SourceModelConfig):
+    """The frozen teacher."""
+
+    model: str = Field(description="Hugging Face folder or hub name.")
+    gather_head: Literal["step", "micro_batch"] = Field(
+        "step", description="Gather the vocabulary head once per optimizer step, or around every forward."
+    )
+
+
+class StudentConfig(SourceModelConfig):
+    """The trainable student: `model`, else `config`, else the teacher's layers."""
+
+    model: str | None = Field(None, description="Hugging Face folder or hub name; replaces the two keys below.")
+    config: str | None = Field(None, description="Hugging Face config.json (or its folder): random initialisation.")
+    teacher_layers: tuple[int, ...] | None = Field(
+        None, description="Indices of the teacher's layers that the student starts from; embeddings and norm too."
+    )

@@ -1,0 +1,26 @@
+"""The whole configuration of one run."""
+
+from pydantic import Field
+
+from largekd.config.common import Frozen
+from largekd.config.data import DataConfig, EvalConfig
+from largekd.config.model import StudentConfig, TeacherConfig
+from largekd.config.objective import ObjectiveConfig
+from largekd.config.output import CheckpointConfig, ExportConfig, LogConfig, RunFolderConfig
+from largekd.config.train import OptimConfig, TrainConfig
+
+
+class RunConfig(Frozen):
+    """One YAML file under recipes/ is one of these."""
+
+    run: RunFolderConfig
+    teacher: TeacherConfig
+    student: StudentConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)

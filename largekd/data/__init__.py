@@ -1,0 +1,1 @@
+"""Records, chat templates, tokenization, packing, collation and the row loader."""

@@ -1,0 +1,75 @@
+"""Rows to a `Batch`: the only place where labels are shifted.
+
+Ids of fill are never looked at: masks come from segments, because a tokenizer's pad token may be its end token.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from largekd.contracts import IGNORE_LABEL, Batch, Segment
+from largekd.data.packing import Row
+from largekd.data.store import SampleStore
+
+FILL_ID = 0
+# Padded widths are multiples of this: fewer distinct shapes, and matrix units prefer them.
+WIDTH_MULTIPLE = 8
+
+
+def collate(rows: Sequence[Row], *, samples: SampleStore, sequence_length: int, packing: bool) -> Batch:
+    """One micro-batch of `rows`; an empty row is filler without a counted position.
+
+    Packed: every row has `sequence_length` positions, `position_ids_BS` restart in every segment and in the tail, and
+    there is no mask. Padded: rows are as wide as the longest, rounded up to a multiple of 8, and `attention_mask_BS`
+    marks real positions; a filler row's mask is all ones, because attention over nothing is not a number.
+    """
+    width = sequence_length if packing else _padded_width(rows, sequence_length=sequence_length)
+    shape = (len(rows), width)
+    ids = np.full(shape, FILL_ID, np.int64)
+    labels = np.full(shape, IGNORE_LABEL, np.int64)
+    weights = np.zeros(shape, np.float32)
+    positions = np.zeros(shape, np.int64)
+    mask = np.zeros(shape, np.int64)
+    for place, row in enumerate(rows):
+        used = 0
+        for segment in row:
+            _write(segment, samples=samples, ids=ids[place], labels=labels[place], weights=weights[place])
+            used = segment.offset + segment.length
+            positions[place, segment.offset : used] = np.arange(segment.length)
+        positions[place, used:] = np.arange(width - used)
+        mask[place, : used or width] = 1
+    counted = np.flatnonzero((labels != IGNORE_LABEL) & (weights > 0))
+    return Batch(
+        input_ids_BS=torch.from_numpy(ids),
+        labels_BS=torch.from_numpy(labels),
+        token_weight_BS=torch.from_numpy(weights),
+        counted_T=torch.from_numpy(counted),
+        attention_mask_BS=None if packing else torch.from_numpy(mask),
+        position_ids_BS=torch.from_numpy(positions) if packing else None,
+        segments=tuple(rows),
+    )
+
+
+def _padded_width(rows: Sequence[Row], *, sequence_length: int) -> int:
+    longest = max((segment.offset + segment.length for row in rows for segment in row), default=1)
+    return min(-(-longest // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, sequence_length)
+
+
+def _write(
+    segment: Segment,
+    *,
+    samples: SampleStore,
+    ids: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    weights: NDArray[np.float32],
+) -> None:
+    """Fills one segment's positions of one row: position t reads token t and is labelled with token t + 1."""
+    place = slice(segment.offset, segment.offset + segment.length)
+    tokens, mask = samples.ids(segment.sample_id), samples.label_mask(segment.sample_id)
+    assert len(tokens) == segment.length + 1
+    ids[place] = tokens[:-1]
+    labels[place] = tokens[1:] if mask is None else np.where(mask[1:], tokens[1:], IGNORE_LABEL)
+    weights[place] = samples.weights[segment.sample_id]
+    weights[place][labels[place] == IGNORE_LABEL] = 0

@@ -1,0 +1,82 @@
+"""Tokenized samples, read in place from memory-mapped Arrow columns."""
+
+import hashlib
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from numpy.typing import NDArray
+
+from largekd.errors import DataError
+
+
+class SampleStore:
+    """Random access to samples by id, 0 … len - 1.
+
+    Sample i holds `lengths[i]` + 1 token ids for `lengths[i]` positions: position t reads ids[t] and predicts
+    ids[t + 1]. Ids follow the order of the source and do not depend on packing, shuffling or ranks.
+    """
+
+    def __init__(self, dataset: Dataset, *, kept: NDArray[np.int64]) -> None:
+        """Args: dataset: columns of `samples.FEATURES`; kept: indices of the rows that are samples."""
+        table = dataset.data.table
+        self._rows = kept
+        self._ids = _Ragged(table.column("ids"))
+        self._masks = _Ragged(table.column("label_mask"))
+        self.lengths: NDArray[np.int64] = (self._ids.lengths - 1)[kept]
+        self.weights: NDArray[np.float32] = table.column("weight").to_numpy()[kept]
+        self.records: NDArray[np.int64] = table.column("record").to_numpy()[kept]
+        self._digests: NDArray[np.int64] = table.column("digest").to_numpy()[kept]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def ids(self, sample: int) -> NDArray[np.int32]:
+        """The sample's `length + 1` token ids, a read-only view of the file."""
+        return self._ids[int(self._rows[sample])]
+
+    def label_mask(self, sample: int) -> NDArray[np.uint8] | None:
+        """For each of `ids`, 1 where it is a token to learn; None: all of them."""
+        mask = self._masks[int(self._rows[sample])]
+        return mask if mask.size else None
+
+    @cached_property
+    def tokens(self) -> int:
+        """Positions of all samples together."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over every sample's length, weight and digest of its ids and mask, in order."""
+        total = hashlib.sha256()
+        for column in (self.lengths, self.weights, self._digests):
+            total.update(np.ascontiguousarray(column).tobytes())
+        return total.hexdigest()
+
+    def check_fits(self, *, sequence_length: int) -> None:
+        """Raises DataError if a sample has more positions than a row."""
+        longest = int(self.lengths.max())
+        if longest > sequence_length:
+            raise DataError(
+                f"a sample has {longest} positions, but train.sequence_length = {sequence_length}: "
+                "load the samples with the same sequence_length as the rows."
+            )
+
+
+class _Ragged:
+    """A column of lists as flat NumPy views, one pair for each Arrow chunk."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        chunks = [chunk for chunk in column.chunks if len(chunk)]
+        self._values = [chunk.values.to_numpy(zero_copy_only=True) for chunk in chunks]
+        self._offsets = [chunk.offsets.to_numpy(zero_copy_only=True) for chunk in chunks]
+        self._ends = np.cumsum([len(chunk) for chunk in chunks], dtype=np.int64)
+        parts = [np.diff(offsets) for offsets in self._offsets]
+        self.lengths: NDArray[np.int64] = np.concatenate(parts).astype(np.int64) if parts else np.zeros(0, np.int64)
+
+    def __getitem__(self, row: int) -> NDArray:
+        chunk = int(np.searchsorted(self._ends, row, side="right"))
+        local = row - (int(self._ends[chunk - 1]) if chunk else 0)
+        offsets = self._offsets[chunk]
+        return self._values[chunk][offsets[local] : offsets[local + 1]]

@@ -1,0 +1,118 @@
+"""The run folder: what an earlier start left in it, and the files that describe this one."""
+
+import logging
+import platform
+import shutil
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from largekd.config.load import parse_config
+from largekd.config.render import MAY_DIFFER, config_differences, render_config
+from largekd.config.run import RunConfig
+from largekd.errors import ConfigError, LargeKDError
+from largekd.monitoring.summary import SUMMARY_FILE
+from largekd.runtime.files import atomic_write, read_json, write_json
+from largekd.runtime.ranks import Ranks, broadcast_object, raise_together
+from largekd.sharding.accelerator import device
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "config.yaml"
+DONE_FILE = "DONE"
+_PACKAGES = ("largekd", "torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors")
+# Longer or shorter runs of the same recipe are a wish, not a mistake; the learning-rate schedule follows the new end.
+_LENGTH = ("train.max_steps", "train.max_epochs")
+
+
+def open_folder(folder: Path, *, config: RunConfig, ranks: Ranks) -> None:
+    """Make the folder this run's: move an earlier run aside if asked, else check that it is the same run.
+
+    Errors: ConfigError naming every key that differs from the run that the folder holds.
+    """
+    error: Exception | None = None
+    if ranks.is_main:
+        try:
+            if config.run.fresh:
+                _move_aside(folder)
+            _check_same_run(folder, config=config)
+            atomic_write(folder / CONFIG_FILE, data=render_config(config).encode())
+            write_json(folder / "environment.json", value=_environment(ranks))
+        except (LargeKDError, OSError) as raised:
+            error = raised
+    raise_together(error)
+
+
+def finished_summary(folder: Path, *, config: RunConfig, ranks: Ranks) -> dict[str, Any] | None:
+    """The summary of the run if it is done; None when there is something left to do."""
+    summary = None
+    if ranks.is_main and (folder / DONE_FILE).is_file() and (folder / SUMMARY_FILE).is_file():
+        done = read_json(folder / DONE_FILE)
+        if done["length"] == _length(config):
+            summary = read_json(folder / SUMMARY_FILE)
+    return broadcast_object(summary)
+
+
+def mark_done(folder: Path, *, step: int, config: RunConfig, ranks: Ranks) -> None:
+    """Write the marker of a finished run, last of all."""
+    if ranks.is_main:
+        write_json(folder / DONE_FILE, value={"step": step, "length": _length(config)})
+
+
+def _length(config: RunConfig) -> dict[str, int | None]:
+    return {"max_steps": config.train.max_steps, "max_epochs": config.train.max_epochs}
+
+
+def _move_aside(folder: Path) -> None:
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".lock")]
+    if not entries:
+        return
+    aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+    aside.mkdir()
+    for entry in entries:
+        shutil.move(entry, aside / entry.name)
+    logger.warning("run.fresh: the earlier run was moved to %s", aside)
+
+
+def _check_same_run(folder: Path, *, config: RunConfig) -> None:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return
+    try:
+        earlier = parse_config(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, ConfigError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not a configuration that this version reads ({error}). "
+            "Choose another run.dir, or run.fresh=true to move that run aside."
+        ) from error
+    differences = config_differences(earlier, config, may_differ=(*MAY_DIFFER, *_LENGTH))
+    if differences:
+        listed = "\n  ".join(differences)
+        raise ConfigError(
+            f"run.dir = {str(folder)!r} holds a run with another configuration (old -> new):\n  {listed}\n"
+            "Restore these keys to go on with it, choose another run.dir, or run.fresh=true to move it aside."
+        )
+    if earlier.train.max_steps != config.train.max_steps or earlier.train.max_epochs != config.train.max_epochs:
+        logger.warning("the run's length changed: the learning-rate schedule now ends at the new last step")
+
+
+def _environment(ranks: Ranks) -> dict[str, Any]:
+    return {
+        "ranks": ranks.world_size,
+        "device": str(device()),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "torch": {"num_threads": torch.get_num_threads(), "cuda": torch.version.cuda},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,160 @@
+"""The loop around the step: progress, records, evaluations, checkpoints, and the ways to stop."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from largekd.contracts import Batch, Progress
+from largekd.distillation.builder import Parts
+from largekd.distillation.journal import Journal
+from largekd.distillation.numerics import find_culprits
+from largekd.distillation.step import StepResult, step_scales, train_step
+from largekd.distillation.window import Window
+from largekd.errors import NumericsError
+from largekd.evaluation.heldout import evaluate
+from largekd.monitoring.memory import memory_figures
+from largekd.monitoring.meters import Meters
+from largekd.monitoring.monitor import Monitor
+from largekd.monitoring.timers import Timers
+from largekd.optim.schedule import learning_rate
+from largekd.runtime.shutdown import StopSignal
+from largekd.runtime.watchdog import Watchdog
+from largekd.sharding.accelerator import on_cpu, peak_memory_bytes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The parts of a run and the instruments around them."""
+
+    parts: Parts
+    monitor: Monitor
+    timers: Timers
+    meters: Meters
+    stop: StopSignal
+    watchdog: Watchdog
+
+
+def run_steps(
+    trainer: Trainer, *, steps: Iterator[Sequence[Batch]], journal: Journal, save: Callable[[], None]
+) -> bool:
+    """Train until the steps run out (True), or until the ranks agree to stop (False, after saving).
+
+    Errors: NumericsError after train.max_skipped_steps non-finite steps in a row; nothing is saved then.
+    """
+    parts, config = trainer.parts, trainer.parts.config
+    window = Window(meters=trainer.meters, terms=parts.terms)
+    while True:
+        started = time.perf_counter()
+        trainer.watchdog.beat("data")
+        with trainer.timers.section("data", host=True):
+            micro_batches = next(steps, None)
+        if micro_batches is None:
+            return True
+        before = journal.progress
+        trainer.watchdog.beat(f"step {before.step + 1}")
+        batches = [batch.to(device=parts.device) for batch in micro_batches]
+        scales = step_scales(
+            micro_batches,
+            terms=parts.terms,
+            world_size=parts.ranks.world_size,
+            device=parts.device,
+            stop=trainer.stop.requested,
+        )
+        result = train_step(
+            batches,
+            scales=scales,
+            engine=parts.engine,
+            teacher=parts.teacher,
+            request=parts.request,
+            lr=learning_rate(step=before.step, max_steps=before.max_steps, config=config.optim),
+            timers=trainer.timers,
+            measure=parts.request.distribution and trainer.monitor.is_health_step(before.step + 1),
+        )
+        # The optimizer step has waited for the device already, so these reads cost nothing.
+        tokens, stopping = round(float(scales.label_tokens)), float(scales.stop_votes) > 0
+        seconds = time.perf_counter() - started
+        journal.progress = _advance(before, applied=result.outcome.applied, tokens=tokens, seconds=seconds)
+        window.add(result=result, tokens=tokens, seconds=seconds)
+        _check_numerics(trainer, batches=batches, result=result, progress=journal.progress)
+        _report(trainer, window=window, progress=journal.progress, result=result)
+        last = journal.progress.step >= journal.progress.max_steps
+        every = config.checkpoint.every_steps
+        if not last and (stopping or (every and journal.progress.step % every == 0)):
+            save()
+        if stopping and not last:
+            return False
+
+
+def evaluate_now(trainer: Trainer) -> dict[str, float]:
+    """The held-out figures of this moment. A collective call."""
+    parts = trainer.parts
+    assert parts.evaluation_batches is not None
+
+    def beating(batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            trainer.watchdog.beat("evaluation")
+            yield batch
+
+    return evaluate(
+        beating(parts.evaluation_batches()),
+        engine=parts.engine,
+        teacher=parts.teacher,
+        n_terms=len(parts.terms),
+        device=parts.device,
+    )
+
+
+def _advance(progress: Progress, *, applied: bool, tokens: int, seconds: float) -> Progress:
+    return replace(
+        progress,
+        step=progress.step + 1,
+        tokens=progress.tokens + tokens,
+        train_s=progress.train_s + seconds,
+        skipped_steps=progress.skipped_steps + (0 if applied else 1),
+        consecutive_skips=0 if applied else progress.consecutive_skips + 1,
+    )
+
+
+def _check_numerics(trainer: Trainer, *, batches: Sequence[Batch], result: StepResult, progress: Progress) -> None:
+    parts = trainer.parts
+    if result.outcome.applied:
+        parts.watch.forget()
+        return
+    culprits = find_culprits(
+        batches, losses=result.losses, gradients_finite=parts.watch.read(), rank=parts.ranks.rank
+    )
+    who = "; ".join(str(culprit) for culprit in culprits) or "no rank before the gradients were summed"
+    if parts.ranks.is_main:
+        logger.warning("step %d was skipped on all ranks: not finite on %s", progress.step, who)
+    limit = parts.config.train.max_skipped_steps
+    if progress.consecutive_skips >= limit:
+        raise NumericsError(
+            f"{progress.consecutive_skips} steps in a row, up to step {progress.step}, had a non-finite gradient; the "
+            f"last on {who}. Checkpoints were left as they are. Look at those samples, lower optim.lr, or raise "
+            f"train.max_skipped_steps ({limit})."
+        )
+
+
+def _report(trainer: Trainer, *, window: Window, progress: Progress, result: StepResult) -> None:
+    """Evaluate and write the step's record, where they are due; all ranks take part in both."""
+    step, config, parts = progress.step, trainer.parts.config, trainer.parts
+    every = config.eval.every_steps
+    if parts.evaluation_batches is not None and every and step % every == 0 and step < progress.max_steps:
+        figures = evaluate_now(trainer)
+        trainer.monitor.log_evaluation(step=step, values={f"eval/{key}": value for key, value in figures.items()})
+    if not trainer.monitor.is_log_step(step):
+        return
+    values = window.flush(timers=trainer.timers)
+    values |= {
+        "tokens": float(progress.tokens),
+        "optim/grad_norm": result.outcome.grad_norm,
+        "optim/skipped_steps": float(progress.skipped_steps),
+        "schedule/alpha": config.objective.alpha,
+        "schedule/temperature": config.objective.temperature,
+    }
+    values |= {f"optim/lr/{name}": rate for name, rate in parts.engine.learning_rates().items()}
+    values |= memory_figures(accelerator_peak_bytes=None if on_cpu() else peak_memory_bytes)
+    trainer.monitor.log(step=step, values=values)

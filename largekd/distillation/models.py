@@ -1,0 +1,123 @@
+"""Building the two models of a run: found, shaped, sharded and filled."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from largekd.config.run import RunConfig
+from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer
+from largekd.errors import ConfigError
+from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
+from largekd.models.decoder import Decoder, enable_checkpointing
+from largekd.models.source import ModelFolder, find_model, read_config
+from largekd.runtime.ranks import Ranks
+
+First = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What is known of both models before any weight is touched."""
+
+    teacher: ModelFolder
+    student: ModelFolder | None
+    student_config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    shared_vocab_size: int
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the student's tokenizer and generation settings come from."""
+        return (self.student or self.teacher).path
+
+
+def find_sources(config: RunConfig, *, first: First) -> Sources:
+    """Locate both models and check that they can be distilled into each other.
+
+    Errors: ConfigError for a model that is absent or shorter than train.sequence_length; TeacherError or DataError
+    when their token ids do not mean the same tokens.
+    """
+    teacher = _find(config.teacher.model, config=config.teacher, key="teacher.model", first=first)
+    tokenizer = load_tokenizer(str(teacher.path), trust_remote_code=teacher.trust_remote_code, key="teacher.model")
+    student: ModelFolder | None = None
+    if config.student.model is not None:
+        student = _find(config.student.model, config=config.student, key="student.model", first=first)
+        student_config = student.config
+    elif config.student.config is not None:
+        student_config = read_config(
+            Path(config.student.config), key="student.config", trust_remote_code=config.student.trust_remote_code
+        )
+    else:
+        assert config.student.teacher_layers is not None
+        student_config = config_with_layers(teacher.config, layers=config.student.teacher_layers)
+    teacher_tokenizer = tokenizer
+    if student is not None:
+        tokenizer = load_tokenizer(str(student.path), trust_remote_code=student.trust_remote_code, key="student.model")
+    shared = check_same_tokenizer(
+        teacher_tokenizer,
+        tokenizer,
+        teacher_vocab_size=teacher.config.vocab_size,
+        student_vocab_size=student_config.vocab_size,
+    )
+    for key, model_config in (("teacher", teacher.config), ("student", student_config)):
+        _check_positions(model_config, key=key, sequence_length=config.train.sequence_length)
+    return Sources(
+        teacher=teacher,
+        student=student,
+        student_config=student_config,
+        tokenizer=tokenizer,
+        shared_vocab_size=shared,
+    )
+
+
+def build_teacher(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any], ranks: Ranks) -> Decoder:
+    """The sharded teacher with its weights."""
+    model = build_model(
+        sources.teacher.config,
+        ds_config=ds_config,
+        precision=config.train.precision,
+        attention=config.teacher.attention,
+        trust_remote_code=config.teacher.trust_remote_code,
+    )
+    load_pretrained(model, folder=sources.teacher.path, rank=ranks.rank)
+    return Decoder(model=model)
+
+
+def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any], ranks: Ranks) -> Decoder:
+    """The sharded student: pretrained, random, or made of the teacher's layers."""
+    model = build_model(
+        sources.student_config,
+        ds_config=ds_config,
+        precision=config.train.precision,
+        attention=config.student.attention,
+        trust_remote_code=config.student.trust_remote_code,
+    )
+    if sources.student is not None:
+        load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
+    elif config.student.config is not None:
+        initialise_randomly(model, seed=config.train.seed, rank=ranks.rank)
+    else:
+        assert config.student.teacher_layers is not None
+        load_layers(model, folder=sources.teacher.path, rank=ranks.rank, layers=config.student.teacher_layers)
+    if config.train.activation_checkpointing:
+        enable_checkpointing(model)
+    return Decoder(model=model)
+
+
+def _find(name: str, *, config: Any, key: str, first: First) -> ModelFolder:
+    return find_model(
+        name, key=key, revision=config.revision, trust_remote_code=config.trust_remote_code, first=first
+    )
+
+
+def _check_positions(model_config: PretrainedConfig, *, key: str, sequence_length: int) -> None:
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and sequence_length > limit:
+        raise ConfigError(
+            f"train.sequence_length = {sequence_length}: the {key} has {limit} positions (max_position_embeddings); "
+            f"lower it or choose another {key}.model."
+        )

@@ -1,0 +1,70 @@
+"""What a finished run leaves: the exported student and the summary."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from largekd.checkpoint.export import write_export
+from largekd.config.run import RunConfig
+from largekd.distillation.builder import Parts
+from largekd.distillation.journal import Journal
+from largekd.models.build import DTYPES
+from largekd.models.export import save_extras, stream_tensors
+from largekd.monitoring.memory import process_memory
+from largekd.monitoring.monitor import TENSORBOARD_FOLDER
+from largekd.monitoring.summary import SUMMARY_FILE, EvalFigures, RunSummary
+from largekd.runtime.ranks import Ranks, gather_objects
+
+EXPORT_FOLDER = "export"
+
+
+def export_student(parts: Parts, *, folder: Path) -> Path:
+    """Write the student as a plain Hugging Face folder, one gathered tensor at a time. A collective call."""
+    config, target = parts.config, folder / EXPORT_FOLDER
+    dtype = DTYPES[config.export.dtype or config.train.precision]
+
+    def extras(pending: Path) -> None:
+        save_extras(
+            pending,
+            model=parts.student.model,
+            dtype=dtype,
+            tokenizer=parts.sources.tokenizer,
+            source=parts.sources.tokenizer_folder,
+        )
+
+    write_export(
+        target,
+        tensors=stream_tensors(parts.student.model),
+        max_shard_bytes=config.export.max_shard_bytes,
+        save_extras=extras,
+        ranks=parts.ranks,
+        dtype=dtype,
+    )
+    return target
+
+
+def write_summary(
+    folder: Path, *, journal: Journal, export_dir: Path, config: RunConfig, ranks: Ranks
+) -> dict[str, Any]:
+    """Write summary.json and return it. A collective call."""
+    progress, after = journal.progress, journal.evaluations.get("after")
+    summary = RunSummary(
+        steps=progress.step,
+        tokens=progress.tokens,
+        skipped_steps=progress.skipped_steps,
+        wall_s=journal.wall_s,
+        tokens_per_s=progress.tokens / progress.train_s if progress.train_s else 0.0,
+        peak_rss_bytes=gather_objects(process_memory().peak_rss_bytes),
+        before=_student_figures(journal.evaluations.get("before")),
+        after=_student_figures(after),
+        teacher=EvalFigures(perplexity=after["teacher_perplexity"]) if after else None,
+        export_dir=str(export_dir),
+        tensorboard_dir=str(folder / TENSORBOARD_FOLDER) if config.log.tensorboard else None,
+    )
+    if ranks.is_main:
+        summary.write(folder / SUMMARY_FILE)
+    return summary.as_mapping()
+
+
+def _student_figures(figures: Mapping[str, float] | None) -> EvalFigures | None:
+    return EvalFigures(perplexity=figures["perplexity"], kl=figures["kl"]) if figures else None

@@ -1,0 +1,137 @@
+"""One run from its configuration to its exported student: the whole pipeline, in order."""
+
+import logging
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from largekd.checkpoint.commit import CheckpointStore
+from largekd.checkpoint.state import JsonOwner, RandomOwner, StateOwner, load_state, save_state
+from largekd.config.run import RunConfig
+from largekd.distillation.builder import Parts, build
+from largekd.distillation.folder import finished_summary, mark_done, open_folder
+from largekd.distillation.journal import Journal
+from largekd.distillation.loop import Trainer, evaluate_now, run_steps
+from largekd.distillation.output import export_student, write_summary
+from largekd.monitoring.meters import Meters
+from largekd.monitoring.monitor import Monitor
+from largekd.monitoring.summary import render_summary
+from largekd.monitoring.timers import Timers, event_factory
+from largekd.runtime.lock import run_lock
+from largekd.runtime.logging import configure_logging, write_line
+from largekd.runtime.ranks import Ranks, current_ranks, new_control_group
+from largekd.runtime.seeds import seed_everything
+from largekd.runtime.shutdown import StopSignal
+from largekd.runtime.watchdog import Watchdog
+from largekd.sharding.cluster import process_group
+
+logger = logging.getLogger(__name__)
+
+# The watchdog must speak before the process group gives up, or the stacks of the others are lost.
+_HANG_SHARE = 0.9
+
+
+def distill(config: RunConfig) -> dict[str, Any] | None:
+    """Run, or go on with, the run in `config.run.dir`; returns its summary, or None when it was stopped and saved.
+
+    A finished run is not repeated: its summary is returned. A collective call on every rank of the job.
+    Errors: LargeKDError for everything that the user can mend.
+    """
+    with process_group(timeout_s=config.train.collective_timeout_s):
+        ranks = current_ranks()
+        configure_logging(level=config.log.level, rank=ranks.rank)
+        folder = Path(config.run.dir).expanduser().absolute()
+        with run_lock(folder, ranks=ranks):
+            open_folder(folder, config=config, ranks=ranks)
+            summary = finished_summary(folder, config=config, ranks=ranks)
+            if summary is None:
+                summary = _run(config, folder=folder, ranks=ranks)
+            elif ranks.is_main:
+                write_line(f"{folder} holds a finished run; run.fresh=true starts it anew.")
+        if summary is not None and ranks.is_main:
+            write_line(render_summary(summary))
+        return summary
+
+
+def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | None:
+    timeout_s = config.train.collective_timeout_s
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        seed_everything(config.train.seed)
+        store = CheckpointStore(
+            folder / "checkpoints",
+            ranks=ranks,
+            keep=config.checkpoint.keep,
+            group=new_control_group(timeout_s=timeout_s),
+        )
+        store.prepare()
+        checkpoint = store.newest()
+        parts = build(config, ranks=ranks, folder=folder)
+        stack.callback(parts.close)
+        # Transformers and DeepSpeed have set up their own loggers by now.
+        configure_logging(level=config.log.level, rank=ranks.rank)
+        journal = Journal()
+        owners = _owners(parts, journal=journal, ranks=ranks)
+        if checkpoint is not None:
+            load_state(checkpoint, owners=owners)
+            if ranks.is_main:
+                logger.info("resumed at step %d from %s", journal.progress.step, checkpoint)
+        journal.progress = replace(journal.progress, max_steps=parts.loader.total_steps())
+        watchdog = stack.enter_context(Watchdog(timeout_s=_HANG_SHARE * timeout_s, folder=folder, ranks=ranks))
+        trainer = Trainer(
+            parts=parts,
+            monitor=stack.enter_context(_monitor(config, folder=folder, journal=journal, ranks=ranks)),
+            timers=Timers(events=event_factory(device=parts.device)),
+            meters=Meters(device=parts.device),
+            stop=stop,
+            watchdog=watchdog,
+        )
+
+        def save() -> None:
+            watchdog.beat(f"checkpoint at step {journal.progress.step}")
+            save_state(store, step=journal.progress.step, owners=owners)
+
+        _assess(trainer, journal=journal, name="before")
+        if not run_steps(trainer, steps=iter(parts.loader), journal=journal, save=save):
+            if ranks.is_main:
+                write_line(f"stopped and saved at step {journal.progress.step}; the same command goes on from there.")
+            return None
+        save()
+        _assess(trainer, journal=journal, name="after")
+        watchdog.beat("export")
+        export_dir = export_student(parts, folder=folder)
+        summary = write_summary(folder, journal=journal, export_dir=export_dir, config=config, ranks=ranks)
+        mark_done(folder, step=journal.progress.step, config=config, ranks=ranks)
+        return summary
+
+
+def _owners(parts: Parts, *, journal: Journal, ranks: Ranks) -> dict[str, StateOwner]:
+    """Everything that a checkpoint holds. The loader comes first: it refuses other data before weights are loaded."""
+    return {
+        "loader": JsonOwner(get=parts.loader.state, put=parts.loader.restore, ranks=ranks),
+        "engine": parts.engine,
+        "progress": JsonOwner(get=journal.state, put=journal.restore, ranks=ranks),
+        "rng": RandomOwner(ranks=ranks),
+    }
+
+
+def _monitor(config: RunConfig, *, folder: Path, journal: Journal, ranks: Ranks) -> Monitor:
+    return Monitor(
+        config=config.log,
+        folder=folder,
+        resume_step=journal.progress.step,
+        is_main=ranks.is_main,
+        total_steps=journal.progress.max_steps,
+    )
+
+
+def _assess(trainer: Trainer, *, journal: Journal, name: str) -> None:
+    """Evaluate and note the figures; `before` only once, whatever the number of starts."""
+    if trainer.parts.evaluation_batches is None or (name == "before" and name in journal.evaluations):
+        return
+    figures = evaluate_now(trainer)
+    journal.evaluations[name] = figures
+    trainer.monitor.log_evaluation(
+        step=journal.progress.step, values={f"eval/{key}": value for key, value in figures.items()}
+    )

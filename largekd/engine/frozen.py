@@ -1,0 +1,28 @@
+"""An engine that only evaluates: the frozen teacher."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class FrozenEngine:
+    """A module whose sharded parameters are gathered module by module during its forward; it never learns."""
+
+    def __init__(self, *, module: nn.Module, ds_config: Mapping[str, Any]) -> None:
+        import deepspeed
+
+        module.requires_grad_(False)
+        module.eval()
+        self._engine = deepspeed.initialize(model=module, config=dict(ds_config), dist_init_required=False)[0]
+        self._engine.eval()
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The module's output; no gradient is recorded."""
+        with torch.no_grad():
+            return self._engine(**inputs)
+
+    def close(self) -> None:
+        """Remove the hooks and free the buffers."""
+        self._engine.destroy()

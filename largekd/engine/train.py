@@ -1,0 +1,96 @@
+"""The student's engine: forward, accumulated backward, optimizer step, state on disk."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from largekd.errors import CheckpointError
+from largekd.optim.groups import ParameterGroup
+
+_TAG = "state"
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What an optimizer step did. `grad_norm` is the global norm before clipping; infinite when it was skipped."""
+
+    applied: bool
+    grad_norm: float
+
+
+class TrainEngine:
+    """A DeepSpeed ZeRO-3 engine around a module whose forward returns a dict with a scalar `loss`."""
+
+    def __init__(self, *, module: nn.Module, groups: Sequence[ParameterGroup], ds_config: Mapping[str, Any]) -> None:
+        import deepspeed
+
+        self._engine = deepspeed.initialize(
+            model=module,
+            model_parameters=[
+                {"params": list(group.parameters), "name": group.name, "weight_decay": group.weight_decay}
+                for group in groups
+            ],
+            config=dict(ds_config),
+            dist_init_required=False,
+        )[0]
+        self._multiplier = {group.name: group.lr_multiplier for group in groups}
+
+    @property
+    def module(self) -> nn.Module:
+        """The module inside, with sharded parameters."""
+        return self._engine.module
+
+    def __call__(self, **inputs: Any) -> dict[str, Tensor]:
+        """The module's forward."""
+        return self._engine(**inputs)
+
+    def train(self) -> None:
+        """Dropout and the like on."""
+        self._engine.train()
+
+    def eval(self) -> None:
+        """Dropout and the like off."""
+        self._engine.eval()
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add this micro-batch's gradient; `last` is the step's last micro-batch.
+
+        The loss is used as it is: DeepSpeed's division by the accumulation is off, its mean over ranks is not.
+        """
+        # Without the explicit boundary DeepSpeed counts calls of step() and updates only every n-th time.
+        self._engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, *, lr: float) -> StepOutcome:
+        """Clip, update with each group's multiple of `lr`, clear the gradients; skipped on all ranks if not finite."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr * self._multiplier[group["name"]]
+        self._engine.step()
+        applied = bool(self._engine.was_step_applied())
+        norm = self._engine.get_global_grad_norm()
+        return StepOutcome(applied=applied, grad_norm=float("inf") if norm is None else float(norm))
+
+    def learning_rates(self) -> dict[str, float]:
+        """Group name -> the rate of the latest step."""
+        return {group["name"]: float(group["lr"]) for group in self._engine.optimizer.param_groups}
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's weights and optimizer state under `folder`. A collective call."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote with the same number of ranks; the folder must have been verified before.
+
+        Errors: CheckpointError when DeepSpeed finds nothing to load.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_lr_scheduler_states=False)
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found no engine state to load there.")
+
+    def close(self) -> None:
+        """Remove the hooks and free optimizer state and buffers."""
+        self._engine.destroy()

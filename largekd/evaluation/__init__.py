@@ -1,0 +1,1 @@
+"""Evaluation: held-out perplexity and distance to the teacher."""

@@ -1,0 +1,1 @@
+"""Models: finding, building, loading and initialising teacher and student."""

@@ -1,0 +1,76 @@
+"""Names of metrics: how they are spelt, and what the common ones mean."""
+
+import re
+from collections.abc import Mapping
+
+from largekd.errors import ConfigError
+
+# Names without an area: the two that every record has.
+REQUIRED = ("loss", "tokens")
+
+# Metric -> meaning and unit. `<…>` stands for a name of the run (a term, a parameter group).
+METRICS: Mapping[str, str] = {
+    "loss": "weighted sum of all terms, per counted token, mean over the window",
+    "tokens": "label tokens counted since the run began, over all ranks",
+    "kd/<term>": "a term before its weight, nats per counted token for vocabulary terms",
+    "kd_weighted/<term>": "the same times its weight: what it adds to the loss",
+    "health/kl_t1": "KL(teacher‖student) at temperature 1, nats per token",
+    "health/top1_agreement": "share of tokens on which both models rank the same token first",
+    "health/student_entropy": "entropy of the student's distribution, nats per token",
+    "health/teacher_entropy": "entropy of the teacher's distribution, nats per token",
+    "health/entropy_gap": "teacher's entropy less the student's; positive: the student is more certain",
+    "health/student_top1_accuracy": "share of tokens on which the student ranks the label first",
+    "optim/grad_norm": "norm of the whole gradient before clipping",
+    "optim/lr/<group>": "learning rate of a parameter group",
+    "optim/skipped_steps": "steps skipped since the run began because of a non-finite gradient",
+    "perf/tokens_per_s": "label tokens per second of wall time, over all ranks",
+    "perf/step_s": "seconds per optimizer step",
+    "perf/teacher_s": "seconds per step for the teacher's signals",
+    "perf/student_s": "seconds per step for the student's forward and backward",
+    "perf/optimizer_s": "seconds per step for the optimizer's update",
+    "perf/data_s": "seconds per step spent waiting for data",
+    "memory/rss_bytes": "resident memory of a rank's process",
+    "memory/peak_rss_bytes": "its largest value since the process started",
+    "memory/anonymous_bytes": "resident memory without mapped files",
+    "memory/accelerator_peak_bytes": "largest memory allocated on the accelerator",
+    "schedule/temperature": "temperature of the divergence at this step",
+    "schedule/alpha": "α of (1−α)·CE + α·T²·KL at this step",
+    "eval/perplexity": "exp of the student's cross-entropy on held-out text",
+    "eval/teacher_perplexity": "the same of the teacher",
+    "eval/ce": "the student's cross-entropy on held-out text, nats per token",
+    "eval/kl": "KL(teacher‖student) on held-out text at temperature 1, nats per token",
+    "eval/top1_agreement": "as health/, on held-out text",
+    "eval/accuracy": "share of held-out tokens on which the student ranks the label first",
+    "eval/student_entropy": "as health/, on held-out text",
+    "eval/teacher_entropy": "as health/, on held-out text",
+    "eval/entropy_gap": "as health/, on held-out text",
+    "eval/tokens": "held-out tokens that were counted",
+}
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*(/[^/\s][^/]*)+")
+_NOT_IN_TAGS = re.compile(r"[^A-Za-z0-9_./-]")
+
+
+def check_name(name: str) -> None:
+    """Asserts that a metric is called `area/name` (or `loss`, `tokens`): lower-case area, no empty part."""
+    assert name in REQUIRED or _NAME.fullmatch(name), (
+        f"metric {name!r} must be called area/name, as optim/grad_norm (or be one of {REQUIRED})"
+    )
+
+
+class Tags:
+    """TensorBoard tags of metrics: characters other than A-Z a-z 0-9 _ . / - become underscores."""
+
+    def __init__(self) -> None:
+        self._name_of: dict[str, str] = {}
+
+    def tag(self, name: str) -> str:
+        """The tag of `name`. Raises ConfigError when two metrics would share one."""
+        tag = _NOT_IN_TAGS.sub("_", name)
+        owner = self._name_of.setdefault(tag, name)
+        if owner != name:
+            raise ConfigError(
+                f"metrics {owner!r} and {name!r} would share the TensorBoard tag {tag!r}: rename one of the terms or "
+                "parameter groups in the run's configuration, using letters, digits, '_', '.' and '-'"
+            )
+        return tag

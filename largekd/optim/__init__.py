@@ -1,0 +1,1 @@
+"""Optim: learning-rate groups by regular expression, and the learning-rate schedule."""

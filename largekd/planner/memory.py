@@ -1,0 +1,188 @@
+"""Bytes on one rank, term by term: where each lives and in which phase of an optimizer step it exists.
+
+Letters in the formulas: P parameters, R ranks, b bytes of the compute dtype, L layers, D width, Q query width, K key
+width, I width of the MLP, V vocabulary, T tokens of a micro-batch on one rank.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from largekd.config.placement import offload_device
+from largekd.config.placement_schema import PlacementConfig
+from largekd.config.run import RunConfig
+from largekd.planner.shapes import ModelShape
+
+Place = Literal["accelerator", "host", "nvme"]
+Phase = Literal["always", "teacher", "student", "update"]
+Role = Literal["teacher", "student", "process"]
+
+PLACES: tuple[Place, ...] = ("accelerator", "host", "nvme")
+
+_PLACE_OF: Mapping[str, Place] = {"none": "accelerator", "cpu": "host", "nvme": "nvme"}
+_MASTER_BYTES = 4
+_ADAM_MOMENTS = 2
+# A rank's interpreter with torch, DeepSpeed, transformers and datasets imported, measured as resident memory.
+_PROCESS_BYTES = 500_000_000
+
+
+@dataclass(frozen=True)
+class MemoryTerm:
+    """One entry of the plan. `phase` says when it exists: `always`, or in one of three parts of a step."""
+
+    role: Role
+    name: str
+    place: Place
+    phase: Phase
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model with its placement, as the arithmetic needs it."""
+
+    role: Literal["teacher", "student"]
+    shape: ModelShape
+    placement: dict[str, Any]
+    world_size: int
+    dtype_bytes: int
+
+    @property
+    def zero(self) -> Any:
+        """The ZeRO section with DeepSpeed's defaults filled in."""
+        return PlacementConfig.model_validate(self.placement).zero_optimization
+
+    def place(self, offload: str) -> Place:
+        """Where `offload_param` or `offload_optimizer` puts its data."""
+        return _PLACE_OF[offload_device(self.placement, offload)]
+
+    def shard(self, bytes_per_element: int) -> int:
+        """This rank's share of all parameters."""
+        return -(-self.shape.parameter_count // self.world_size) * bytes_per_element
+
+    def term(self, name: str, place: Place, phase: Phase, count: int) -> MemoryTerm:
+        """An entry of this model's."""
+        return MemoryTerm(self.role, name, place, phase, count)
+
+
+def memory_terms(config: RunConfig, *, teacher: Side, student: Side, accumulation: int) -> tuple[MemoryTerm, ...]:
+    """Every term of one rank's memory."""
+    tokens = config.train.micro_batch_size * config.train.sequence_length
+    return tuple(
+        term
+        for term in (
+            MemoryTerm("process", "interpreter and libraries", "host", "always", _PROCESS_BYTES),
+            *_weights(teacher),
+            *_teacher_forward(teacher, tokens=tokens, accumulation=accumulation),
+            *_weights(student),
+            *_optimizer(student, mixed=config.train.precision != "fp32"),
+            *_student_pass(student, tokens=tokens, checkpointing=config.train.activation_checkpointing),
+            *_vocabulary(teacher=teacher, student=student, tokens=tokens, chunk=config.objective.chunk_tokens),
+        )
+        if term.bytes
+    )
+
+
+def peak_bytes(terms: tuple[MemoryTerm, ...], *, place: Place) -> int:
+    """What exists always, plus the largest phase of a step."""
+    here = [term for term in terms if term.place == place]
+    phases = {
+        phase: sum(term.bytes for term in here if term.phase == phase) for phase in ("teacher", "student", "update")
+    }
+    return sum(term.bytes for term in here if term.phase == "always") + max(phases.values())
+
+
+def layer_activation_bytes(shape: ModelShape, *, dtype_bytes: int) -> int:
+    """Bytes per token that autograd keeps of one layer, without checkpointing.
+
+    (4b)I + (2b)(Q + K) + norms (4 + b)D + (2b)D, and (4 + b)(Q + K) where queries and keys are normalised; the 4 is the
+    float32 copy inside a norm. Counted on the saved tensors of Llama and Qwen layers with SDPA attention.
+    """
+    b, query, key = dtype_bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norm_sizes = [tensor.numel for tensor in shape.layers[0] if tensor.part == "norm"]
+    width_norms = len(norm_sizes) - (2 if shape.qk_norm else 0)
+    normalised = (4 + b) * (query + key) if shape.qk_norm else 0
+    small = 4 * (shape.heads + width_norms + ((shape.heads + shape.kv_heads) if shape.qk_norm else 0))
+    return (
+        4 * b * shape.mlp_width
+        + 2 * b * (query + key)
+        + (width_norms * (4 + b) + 2 * b) * shape.width
+        + normalised
+        + small
+    )
+
+
+def _weights(side: Side) -> Iterator[MemoryTerm]:
+    b, zero = side.dtype_bytes, side.zero
+    yield side.term("weights, own shard", side.place("offload_param"), "always", side.shard(b))
+    threshold = zero.stage3_param_persistence_threshold
+    small = sum(tensor.numel for tensor in side.shape.tensors if tensor.numel <= threshold)
+    if side.world_size > 1 or side.place("offload_param") != "accelerator":
+        yield side.term("small parameters kept whole", "accelerator", "always", small * b)
+    if side.place("offload_param") == "nvme":
+        buffers = zero.offload_param.buffer_size * (zero.offload_param.buffer_count or 5) * b
+        yield side.term("NVMe parameter buffers", "host", "always", buffers)
+
+
+def _teacher_forward(side: Side, *, tokens: int, accumulation: int) -> Iterator[MemoryTerm]:
+    b, shape = side.dtype_bytes, side.shape
+    if _is_gathered(side):
+        ahead = shape.largest_layer + side.zero.stage3_prefetch_bucket_size
+        gathered = min(shape.parameter_count, max(ahead, shape.count_of("embedding")))
+        yield side.term("gathered weights", "accelerator", "teacher", gathered * b)
+    query = shape.heads * shape.head_dim
+    per_token = (2 * b + 8) * shape.width + 2 * b * query + 3 * b * shape.mlp_width
+    yield side.term("working set of one layer", "accelerator", "teacher", tokens * per_token)
+    hidden = accumulation * tokens * shape.width * b
+    yield side.term("hidden states of the whole step", "accelerator", "teacher", hidden)
+    yield side.term("hidden states of the whole step", "accelerator", "student", hidden)
+
+
+def _optimizer(side: Side, *, mixed: bool) -> Iterator[MemoryTerm]:
+    place, zero = side.place("offload_optimizer"), side.zero
+    # DeepSpeed shares the master with the weights where dtype and device agree.
+    if mixed or place != "accelerator" or side.place("offload_param") != "accelerator":
+        yield side.term("float32 master weights", place, "always", side.shard(_MASTER_BYTES))
+    yield side.term("Adam moments", place, "always", side.shard(_ADAM_MOMENTS * _MASTER_BYTES))
+    resident: Place = "accelerator" if place == "accelerator" else "host"
+    yield side.term("gradients, own shard", resident, "always", side.shard(_MASTER_BYTES))
+    group = min(side.shard(1), zero.sub_group_size)
+    yield side.term("gradients of the group being updated", resident, "update", group * _MASTER_BYTES)
+    yield side.term("gradient reduce bucket", "accelerator", "always", zero.reduce_bucket_size * side.dtype_bytes)
+    if place == "nvme":
+        count = zero.offload_optimizer.buffer_count or 4
+        yield side.term("NVMe optimizer buffers", "host", "always", count * group * _MASTER_BYTES)
+
+
+def _student_pass(side: Side, *, tokens: int, checkpointing: bool) -> Iterator[MemoryTerm]:
+    b, shape, zero = side.dtype_bytes, side.shape, side.zero
+    if _is_gathered(side):
+        # A weight stays gathered while its next use (its layer's backward pass) is near enough: half of the distance
+        # on the way up, half on the way down.
+        kept = min(zero.stage3_max_live_parameters, zero.stage3_max_reuse_distance // 2)
+        ahead = shape.largest_layer + zero.stage3_prefetch_bucket_size + shape.vocab_size * shape.width
+        gathered = min(shape.parameter_count, max(kept, ahead))
+        yield side.term("gathered weights", "accelerator", "student", gathered * b)
+    yield side.term("weight gradients of one layer", "accelerator", "student", shape.largest_layer * b)
+    layer = layer_activation_bytes(shape, dtype_bytes=b)
+    depth = len(shape.layers)
+    per_token = depth * shape.width * b + layer if checkpointing else depth * layer
+    name = "activations, checkpointed" if checkpointing else "activations"
+    yield side.term(name, "accelerator", "student", tokens * (per_token + (4 + 2 * b) * shape.width))
+
+
+def _vocabulary(*, teacher: Side, student: Side, tokens: int, chunk: int) -> Iterator[MemoryTerm]:
+    b = student.dtype_bytes
+    if _is_gathered(teacher):
+        head = teacher.shape.vocab_size * teacher.shape.width
+        yield teacher.term("vocabulary head, gathered", "accelerator", "student", head * b)
+    width = student.shape.width
+    yield student.term("vocabulary head's gradient", "accelerator", "student", student.shape.vocab_size * width * b)
+    columns = max(teacher.shape.vocab_size, student.shape.vocab_size)
+    yield student.term("two chunks of logits", "accelerator", "student", 2 * min(chunk, tokens) * columns * b)
+    yield student.term("hidden states' gradient", "accelerator", "student", tokens * width * b)
+
+
+def _is_gathered(side: Side) -> bool:
+    """One rank's resident shard is the whole model: a gather is then no copy worth counting."""
+    return side.world_size > 1 or side.place("offload_param") != "accelerator"

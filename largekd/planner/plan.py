@@ -1,0 +1,96 @@
+"""The memory plan of a run: what its configuration will need on each rank, before anything is loaded."""
+
+from dataclasses import dataclass
+
+from largekd.config.checks import check_world
+from largekd.config.placement import read_placements
+from largekd.config.run import RunConfig
+from largekd.errors import ConfigError
+from largekd.planner.locate import read_model_config
+from largekd.planner.memory import PLACES, MemoryTerm, Place, Side, memory_terms, peak_bytes
+from largekd.planner.shapes import ModelShape, read_shape
+
+_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of both models and one rank's memory; `accumulation` is micro-batches per optimizer step."""
+
+    world_size: int
+    accumulation: int
+    tokens_per_step: int
+    teacher: ModelShape
+    student: ModelShape
+    terms: tuple[MemoryTerm, ...]
+
+    @property
+    def peaks(self) -> dict[Place, int]:
+        """Peak bytes of one rank in each place."""
+        return {place: peak_bytes(self.terms, place=place) for place in PLACES}
+
+
+def plan(config: RunConfig, *, world_size: int) -> Plan:
+    """What a run on `world_size` ranks needs.
+
+    Errors: ConfigError for a batch that the ranks do not divide, rows longer than a model's positions, layers that the
+    teacher does not have and NVMe buffers that are too small; PlanUnavailableError when a model is not here.
+    """
+    accumulation = check_world(config, world_size=world_size)
+    placements = read_placements(config)
+    teacher = read_shape(read_model_config(config.teacher.model, revision=config.teacher.revision))
+    student = _student_shape(config, teacher=teacher)
+    _check_positions(config, key="teacher.model", shape=teacher)
+    _check_positions(config, key="student.model", shape=student)
+    dtype_bytes = _BYTES[config.train.precision]
+    teacher_side = Side("teacher", teacher, placements.teacher, world_size, dtype_bytes)
+    student_side = Side("student", student, placements.student, world_size, dtype_bytes)
+    _check_buffers(teacher_side, key="teacher.deepspeed")
+    _check_buffers(student_side, key="student.deepspeed")
+    return Plan(
+        world_size=world_size,
+        accumulation=accumulation,
+        tokens_per_step=config.train.global_batch_size * config.train.sequence_length,
+        teacher=teacher,
+        student=student,
+        terms=memory_terms(config, teacher=teacher_side, student=student_side, accumulation=accumulation),
+    )
+
+
+def _student_shape(config: RunConfig, *, teacher: ModelShape) -> ModelShape:
+    student = config.student
+    if student.model is not None:
+        return read_shape(read_model_config(student.model, revision=student.revision))
+    if student.config is not None:
+        return read_shape(read_model_config(student.config, revision=student.revision))
+    layers = student.teacher_layers or ()
+    depth = len(teacher.layers)
+    beyond = [index for index in layers if index >= depth]
+    if beyond:
+        raise ConfigError(
+            f"student.teacher_layers: {beyond[0]} is not a layer of {config.teacher.model}, "
+            f"whose layers are 0 to {depth - 1}."
+        )
+    return teacher.with_layers(layers)
+
+
+def _check_positions(config: RunConfig, *, key: str, shape: ModelShape) -> None:
+    length = config.train.sequence_length
+    if shape.max_positions is not None and length > shape.max_positions:
+        raise ConfigError(
+            f"train.sequence_length = {length}: the model of {key} has {shape.max_positions} positions "
+            "(max_position_embeddings); make the rows shorter or choose another model."
+        )
+
+
+def _check_buffers(side: Side, *, key: str) -> None:
+    offload = side.zero.offload_param
+    if offload is None or offload.device != "nvme":
+        return
+    shard = -(-side.shape.largest_tensor // side.world_size)
+    if shard > offload.buffer_size:
+        raise ConfigError(
+            f"{key}: offload_param.buffer_size = {offload.buffer_size} elements, but the {side.role}'s largest tensor "
+            f"has {side.shape.largest_tensor}, a shard of {shard} on {side.world_size} ranks; "
+            "raise buffer_size to that."
+        )

@@ -1,0 +1,94 @@
+"""A plan as text for a terminal and as plain data for plan.json."""
+
+import typing
+from typing import Any
+
+from largekd.config.run import RunConfig
+from largekd.planner.errors import PlanUnavailableError
+from largekd.planner.memory import PLACES
+from largekd.planner.plan import Plan, plan
+from largekd.planner.shapes import ModelShape, Part
+
+_GB = 1e9
+
+
+def plan_text(config: RunConfig, *, world_size: int) -> str:
+    """The plan as a table, or one line that says why there is none. Errors: ConfigError."""
+    try:
+        return render_plan(plan(config, world_size=world_size))
+    except PlanUnavailableError as reason:
+        return f"no plan: {reason}"
+
+
+def plan_record(config: RunConfig, *, world_size: int) -> dict[str, Any]:
+    """The content of plan.json; `{"unavailable": reason}` where there is no plan. Errors: ConfigError."""
+    try:
+        return plan_to_mapping(plan(config, world_size=world_size))
+    except PlanUnavailableError as reason:
+        return {"unavailable": str(reason)}
+
+
+def render_plan(made: Plan) -> str:
+    """The plan as a table."""
+    lines = [
+        f"plan: ranks {made.world_size}, micro-batches a step {made.accumulation}, "
+        f"tokens a step {made.tokens_per_step:,}",
+        _model_line("teacher", made.teacher),
+        _model_line("student", made.student),
+        "",
+        f"{'memory of one rank':<50}{'place':<13}{'when':<11}{'GB':>10}",
+    ]
+    lines += [
+        f"  {term.role + ': ' + term.name:<48}{term.place:<13}{term.phase:<11}{term.bytes / _GB:>10.3f}"
+        for term in made.terms
+    ]
+    for place in PLACES:
+        if made.peaks[place]:
+            lines.append(f"  {'peak':<48}{place:<13}{'':<11}{made.peaks[place] / _GB:>10.3f}")
+    together = (made.peaks["accelerator"] + made.peaks["host"]) / _GB
+    lines.append(f"without a GPU the accelerator is host memory: {together:.3f} GB a rank together")
+    return "\n".join(lines)
+
+
+def plan_to_mapping(made: Plan) -> dict[str, Any]:
+    """The plan as plain data; sizes in bytes."""
+    return {
+        "world_size": made.world_size,
+        "accumulation": made.accumulation,
+        "tokens_per_step": made.tokens_per_step,
+        "teacher": _shape_mapping(made.teacher),
+        "student": _shape_mapping(made.student),
+        "terms": [
+            {"role": term.role, "name": term.name, "place": term.place, "phase": term.phase, "bytes": term.bytes}
+            for term in made.terms
+        ],
+        "peak_bytes": dict(made.peaks),
+    }
+
+
+def _model_line(role: str, shape: ModelShape) -> str:
+    active = f" ({shape.active_parameter_count / 1e6:,.1f}M active)" if shape.expert_count else ""
+    return (
+        f"  {role}: {shape.model_type}, {shape.parameter_count / 1e6:,.1f}M parameters{active}, {len(shape.layers)} x "
+        f"{shape.width}, heads {shape.heads}/{shape.kv_heads}, vocabulary {shape.vocab_size:,}"
+        + (" tied" if shape.tied else "")
+    )
+
+
+def _shape_mapping(shape: ModelShape) -> dict[str, Any]:
+    parts = typing.get_args(Part)
+    return {
+        "model_type": shape.model_type,
+        "parameters": shape.parameter_count,
+        "active_parameters": shape.active_parameter_count,
+        "layers": len(shape.layers),
+        "width": shape.width,
+        "heads": shape.heads,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "mlp_width": shape.mlp_width,
+        "vocab_size": shape.vocab_size,
+        "tied": shape.tied,
+        "max_positions": shape.max_positions,
+        "by_part": {part: shape.count_of(part) for part in parts if shape.count_of(part)},
+    }

@@ -1,0 +1,77 @@
+"""Joining and leaving the job's process group."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from largekd.runtime.build_lock import require_buildable_ops
+from largekd.sharding.accelerator import use_prebuilt_ops
+
+_SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+
+
+@contextmanager
+def process_group(*, timeout_s: int) -> Iterator[None]:
+    """Join the process group that the launcher describes, or make one of a single rank; leave it at the end.
+
+    `timeout_s` bounds every collective. A group that the caller made himself is used and left alone.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    use_prebuilt_ops()
+    require_buildable_ops()
+    _describe_single_rank()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _describe_single_rank() -> None:
+    """Fill the environment of torch.distributed from Slurm's, or for a run of one rank."""
+    if "RANK" not in os.environ and "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
+        os.environ.update({name: os.environ[slurm] for name, slurm in _SLURM_NAMES.items()})
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", "0")
+        _bind_gloo_to_route(os.environ["MASTER_ADDR"])
+        return
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1")
+    os.environ["MASTER_PORT"] = str(free_port())
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _bind_gloo_to_route(master: str) -> None:
+    """Choose the network interface by which this host reaches the master: gloo otherwise picks by host name."""
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    import psutil
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((master, 9))
+        except OSError:
+            return
+        address = probe.getsockname()[0]
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
+            return

@@ -1,0 +1,100 @@
+"""Parameters that ZeRO-3 has partitioned: building, gathering, reading and writing shards."""
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BUILD_LOCK = threading.Lock()
+
+
+@contextmanager
+def sharded_init(ds_config: Mapping[str, Any]) -> Iterator[None]:
+    """Every parameter of a module built inside is partitioned over all ranks as soon as it exists; values are undefined.
+
+    `ds_config` is a whole DeepSpeed configuration; its placement decides where the shards live and its precision
+    decides their dtype. Buffers keep the dtype that the model gives them.
+    """
+    import deepspeed
+    from transformers.initialization import no_init_weights
+    from transformers.integrations.deepspeed import prevent_arange_dtype_change
+
+    with (
+        _BUILD_LOCK,
+        no_init_weights(),
+        prevent_arange_dtype_change(),
+        deepspeed.zero.Init(config_dict_or_path=dict(ds_config)),
+    ):
+        yield
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor], *, modifier_rank: int | None = None) -> Iterator[None]:
+    """Whole parameters inside the block, on every rank; with `modifier_rank`, that rank's changes are kept.
+
+    A collective call: every rank must make it with the same parameters.
+    """
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=modifier_rank):
+        yield
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 owns this parameter."""
+    return hasattr(parameter, "ds_tensor")
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Shape of the whole parameter."""
+    return parameter.ds_shape if is_sharded(parameter) else parameter.shape
+
+
+def full_numel(parameter: Tensor) -> int:
+    """Elements of the whole parameter."""
+    return int(full_shape(parameter).numel())
+
+
+def resident_bytes(module: nn.Module) -> int:
+    """Bytes of parameter storage that this rank holds at this moment: its shards and whatever is gathered."""
+    total = 0
+    for parameter in module.parameters():
+        total += parameter.untyped_storage().nbytes()
+        if is_sharded(parameter):
+            total += parameter.ds_tensor.untyped_storage().nbytes()
+    return total
+
+
+def write_shard(parameter: Tensor, value: Tensor, *, rank: int) -> None:
+    """Copy this rank's part of `value` (the whole tensor, any dtype, usually a mapped file) into its shard.
+
+    No communication, and no more of `value` is read than the shard needs. A shard that lives on NVMe is not in
+    memory and is written through a gather instead, so that all ranks must call this together.
+    """
+    assert full_shape(parameter) == value.shape
+    if not is_sharded(parameter):
+        with torch.no_grad():
+            parameter.copy_(value)
+        return
+    shard = parameter.ds_tensor
+    if shard.numel() == 0 or shard.final_location is not None:
+        with gathered([parameter], modifier_rank=0):
+            if rank == 0:
+                with torch.no_grad():
+                    parameter.copy_(value)
+        return
+    start = min(rank * shard.numel(), value.numel())
+    stop = min(start + shard.numel(), value.numel())
+    with torch.no_grad():
+        shard[: stop - start].copy_(value.reshape(-1)[start:stop])
+
+
+def register_external(module: nn.Module, parameter: Tensor) -> None:
+    """Tell ZeRO-3 that `module` uses a parameter that another module owns, so that it is whole inside its forward."""
+    import deepspeed
+
+    if is_sharded(parameter):
+        deepspeed.zero.register_external_parameter(module, parameter)

@@ -1,0 +1,1 @@
+"""Teachers: sources of signals."""

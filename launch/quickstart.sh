@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# From a fresh checkout to a distilled student:  bash launch/quickstart.sh [--smoke] [key=value ...]
+# Sets up, fetches teacher and data, trains on all GPUs or on two CPU ranks, and says how to use the student.
+# --smoke: a tiny random teacher and two steps, nothing downloaded but the packages.
+# A finished run is not repeated: run.fresh=true, or another run.dir=FOLDER, trains again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+smoke=no
+overrides=()
+run_dir=
+for argument in "$@"; do
+    case "$argument" in
+        --smoke) smoke=yes ;;
+        -h | --help) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+        run.dir=*) run_dir="${argument#run.dir=}"; overrides+=("$argument") ;;
+        *=*) overrides+=("$argument") ;;
+        *) echo "quickstart: $argument is neither --smoke nor key=value" >&2; exit 2 ;;
+    esac
+done
+
+bash launch/setup.sh
+. launch/env.sh
+
+if [ "$smoke" = yes ]; then
+    recipe=recipes/smoke.yaml
+    run_dir="${run_dir:-runs/smoke}"
+    if [ ! -f runs/smoke-assets/teacher/config.json ] || [ ! -f runs/smoke-assets/eval.jsonl ]; then
+        python tools/make_tiny_model.py runs/smoke-assets/teacher --text runs/smoke-assets
+    fi
+else
+    recipe=recipes/quickstart.yaml
+    run_dir="${run_dir:-runs/quickstart}"
+    python tools/fetch_assets.py smollm2-135m-instruct math
+fi
+
+port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
+launcher=(deepspeed --master_port "$port")
+if [ "${DS_ACCELERATOR:-}" = cpu ]; then
+    launcher+=(--num_accelerators 2)
+    # More threads than cores per rank slow both ranks down.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > 3 ? $(nproc) / 2 : 1))}"
+else
+    # The batch of 16 (smoke: 8) must come out whole: the largest power of two of GPUs that divides it.
+    batch=$([ "$smoke" = yes ] && echo 8 || echo 16)
+    ranks="$(python -c "import torch; n = min($batch, torch.accelerator.device_count()); print(1 << (n.bit_length() - 1))")"
+    launcher+=(--num_accelerators "$ranks")
+    overrides=(train.precision=bf16 student.deepspeed=ds_configs/zero3_gpu.json
+        "train.micro_batch_size=$((batch / ranks))" ${overrides[@]+"${overrides[@]}"})
+fi
+
+echo "quickstart: ${launcher[*]} launch/train.py --config $recipe ${overrides[*]-}" >&2
+"${launcher[@]}" launch/train.py --config "$recipe" ${overrides[@]+"${overrides[@]}"}
+
+# The launcher's exit status alone does not prove that the ranks finished.
+if [ ! -e "$run_dir/DONE" ]; then
+    echo "quickstart: stopped before the end; the same command goes on from the last checkpoint in $run_dir" >&2
+    exit 1
+fi
+student="$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["export_dir"])' "$run_dir/summary.json")"
+cat <<END
+
+Curves:        tensorboard --logdir $run_dir
+Talk to it:    python tools/chat.py $student --prompt "What is 12 + 30?"
+Load it:       transformers.AutoModelForCausalLM.from_pretrained("$student")
+In a new shell first: . launch/env.sh
+END

@@ -1,0 +1,58 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from largekd.config.load import load_config
+from largekd.config.placement import read_placement
+from largekd.config.run import RunConfig
+from largekd.config.schema import json_schema_text, key_reference, run_keys
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((CHECKOUT / "recipes").glob("*.yaml"))
+
+
+def test_the_schema_for_editors_is_current() -> None:
+    stored = (CHECKOUT / "recipes" / "schema.json").read_text(encoding="utf-8")
+    assert stored == json_schema_text(), "run `python tools/schema.py`"
+
+
+def test_the_schema_accepts_a_path_as_a_source_and_refuses_unknown_keys() -> None:
+    source = json.loads(json_schema_text())["$defs"]["SourceConfig"]
+    assert source["anyOf"][0] == {"type": "string"}
+    assert source["anyOf"][1]["additionalProperties"] is False
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipes_resolve_with_their_placements(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    assert recipe.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=schema.json\n")
+    config = load_config(recipe)
+    assert read_placement(config.teacher.deepspeed, key="teacher.deepspeed")
+    assert read_placement(config.student.deepspeed, key="student.deepspeed")
+
+
+def test_there_are_recipes() -> None:
+    assert {"quickstart.yaml", "smoke.yaml"} <= {path.name for path in RECIPES}
+
+
+def test_every_key_is_listed_once_with_a_default_or_required() -> None:
+    keys = {key.name: key for key in run_keys()}
+    assert len(keys) == len(list(run_keys()))
+    assert keys["train.max_steps"].default == "null"
+    assert keys["train.global_batch_size"].default is None
+    assert keys["optim.betas"].kind == "list of 2 numbers"
+    assert keys["objective.divergences.*.name"].kind == "forward_kl | reverse_kl | jsd"
+    assert keys["data.eval.path"].description
+    for group in RunConfig.model_fields:
+        assert any(name.startswith(f"{group}.") for name in keys)
+
+
+def test_the_reference_describes_every_key_of_a_minimal_file(minimal: dict[str, Any]) -> None:
+    text = key_reference()
+    for group, section in minimal.items():
+        for name in section:
+            assert f"  {group}.{name}" in text
+    assert "data.eval  (as data.train; default null)" in text
+    assert max(len(line) for line in text.splitlines()) <= 110
