@@ -43,7 +43,7 @@ create_environment() {
 state() {
     local headers=absent
     [ -e /usr/include/libaio.h ] && headers=present
-    { cat setup.cfg constraints.txt pyproject.toml tools/build_ops.py; python -V; pwd; echo "libaio $headers"; } \
+    { cat setup.cfg constraints.txt tools/build_ops.py; python -V; pwd; echo "libaio $headers"; } \
         | sha256sum | cut -d' ' -f1
 }
 

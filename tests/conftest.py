@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from pool import RankPool
+from tiny_run import make_assets
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,3 +65,9 @@ def one_rank() -> Iterator[RankPool]:
     pool = RankPool(world_size=1)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny teacher and text for whole runs, see tiny_run."""
+    return make_assets(tmp_path_factory.mktemp("assets"))

@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,19 @@ def run_forked(
     tmp_path: Path,
     world_size: int = 1,
     timeout_s: float = 60.0,
+    group_timeout_s: float = 50.0,
     environment: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> list[Outcome]:
     """Call `function(**kwargs)` in `world_size` new processes joined by gloo; whatever is left at the end is killed."""
-    ranks = start_forked(function, tmp_path=tmp_path, world_size=world_size, environment=environment, **kwargs)
+    ranks = start_forked(
+        function,
+        tmp_path=tmp_path,
+        world_size=world_size,
+        group_timeout_s=group_timeout_s,
+        environment=environment,
+        **kwargs,
+    )
     return [rank.outcome(timeout_s=timeout_s) for rank in ranks]
 
 
@@ -42,18 +51,20 @@ def start_forked(
     *,
     tmp_path: Path,
     world_size: int = 1,
+    group_timeout_s: float = 50.0,
     environment: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> list["ForkedRank"]:
     """The same without waiting."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
+    environment = {"GROUP_TIMEOUT_S": str(group_timeout_s), **(environment or {})}
     store = tmp_path / f"store-{os.urandom(4).hex()}"
     ranks = []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
         stderr = tmp_path / f"{store.name}-stderr-{rank}.txt"
-        arguments = (theirs, function, kwargs, rank, world_size, str(store), str(stderr), environment or {})
+        arguments = (theirs, function, kwargs, rank, world_size, str(store), str(stderr), environment)
         process = context.Process(target=_serve, args=arguments, daemon=True)
         process.start()
         theirs.close()
@@ -104,7 +115,13 @@ def _serve(
     status = 0
     try:
         if world_size > 1:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{store}",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=float(os.environ["GROUP_TIMEOUT_S"])),
+            )
         pipe.send_bytes(json.dumps([function(**kwargs), ""]).encode())
     except BaseException:  # the test must see whatever happened in the rank
         pipe.send_bytes(json.dumps([None, traceback.format_exc()]).encode())

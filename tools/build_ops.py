@@ -37,7 +37,9 @@ def build(builder: str, *, folder: Path) -> None:
     name, purpose, _ = OPS[builder]
     log = folder / f"{name}.log"
     environment = dict(os.environ, DS_ACCELERATOR="cpu", TORCH_EXTENSIONS_DIR=str(folder))
-    environment.setdefault("MAX_JOBS", "2")
+    # A compiler process of these sources takes up to 2 GB.
+    jobs = min(len(os.sched_getaffinity(0)), psutil.virtual_memory().available // (2 << 30))
+    environment.setdefault("MAX_JOBS", str(max(1, jobs)))
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     started = time.monotonic()
     with log.open("w") as out:

@@ -26,13 +26,14 @@ THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells", "stamps", 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model. The smallest vocabulary is 256 bytes and three special tokens."""
+    """Sizes of the model. A vocabulary has 256 bytes and three special tokens at least; what the tokenizer cannot fill,
+    beyond about 490, are columns without a token, as large models have too."""
 
     layers: int = 4
     hidden: int = 64
     heads: int = 4
     kv_heads: int = 2
-    vocab: int = 512
+    vocab: int = 384
     positions: int = 512
     tied: bool = True
     # Wider than usual, so that a random teacher's distribution is far from uniform.
@@ -80,6 +81,7 @@ def make_model(folder: Path, *, shape: Shape, seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    tokenizer.model_max_length = shape.positions
     part = folder.with_name(f"{folder.name}.part-{os.getpid()}")
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)

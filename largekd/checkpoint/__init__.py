@@ -1,0 +1,1 @@
+"""Checkpoint: the commit protocol, the owners of state, retention and the export."""

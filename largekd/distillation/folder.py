@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from largekd.config.load import parse_config
+from largekd.config.load import load_config
 from largekd.config.render import MAY_DIFFER, config_differences, render_config
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError, LargeKDError
 from largekd.monitoring.summary import SUMMARY_FILE
+from largekd.planner.report import plan_record
 from largekd.runtime.files import atomic_write, read_json, write_json
 from largekd.runtime.ranks import Ranks, broadcast_object, raise_together
 from largekd.sharding.accelerator import device
@@ -42,6 +42,7 @@ def open_folder(folder: Path, *, config: RunConfig, ranks: Ranks) -> None:
             _check_same_run(folder, config=config)
             atomic_write(folder / CONFIG_FILE, data=render_config(config).encode())
             write_json(folder / "environment.json", value=_environment(ranks))
+            write_json(folder / "plan.json", value=plan_record(config, world_size=ranks.world_size))
         except (LargeKDError, OSError) as raised:
             error = raised
     raise_together(error)
@@ -83,8 +84,8 @@ def _check_same_run(folder: Path, *, config: RunConfig) -> None:
     if not path.is_file():
         return
     try:
-        earlier = parse_config(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, ConfigError, TypeError) as error:
+        earlier = load_config(path)
+    except ConfigError as error:
         raise ConfigError(
             f"{path} is not a configuration that this version reads ({error}). "
             "Choose another run.dir, or run.fresh=true to move that run aside."

@@ -82,6 +82,7 @@ def build_teacher(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
         precision=config.train.precision,
         attention=config.teacher.attention,
         trust_remote_code=config.teacher.trust_remote_code,
+        key="teacher",
     )
     load_pretrained(model, folder=sources.teacher.path, rank=ranks.rank)
     return Decoder(model=model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from largekd.checkpoint.commit import CheckpointStore
+from largekd.checkpoint.manifest import read_manifest
 from largekd.checkpoint.state import JsonOwner, RandomOwner, StateOwner, load_state, save_state
 from largekd.config.run import RunConfig
 from largekd.distillation.builder import Parts, build
@@ -14,6 +15,7 @@ from largekd.distillation.folder import finished_summary, mark_done, open_folder
 from largekd.distillation.journal import Journal
 from largekd.distillation.loop import Trainer, evaluate_now, run_steps
 from largekd.distillation.output import export_student, write_summary
+from largekd.errors import CheckpointError
 from largekd.monitoring.meters import Meters
 from largekd.monitoring.monitor import Monitor
 from largekd.monitoring.summary import render_summary
@@ -29,7 +31,7 @@ from largekd.sharding.cluster import process_group
 logger = logging.getLogger(__name__)
 
 # The watchdog must speak before the process group gives up, or the stacks of the others are lost.
-_HANG_SHARE = 0.9
+_GRACE_S = 30
 
 
 def distill(config: RunConfig) -> dict[str, Any] | None:
@@ -38,7 +40,7 @@ def distill(config: RunConfig) -> dict[str, Any] | None:
     A finished run is not repeated: its summary is returned. A collective call on every rank of the job.
     Errors: LargeKDError for everything that the user can mend.
     """
-    with process_group(timeout_s=config.train.collective_timeout_s):
+    with process_group(timeout_s=config.train.collective_timeout_s + _GRACE_S):
         ranks = current_ranks()
         configure_logging(level=config.log.level, rank=ranks.rank)
         folder = Path(config.run.dir).expanduser().absolute()
@@ -63,10 +65,12 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
             folder / "checkpoints",
             ranks=ranks,
             keep=config.checkpoint.keep,
-            group=new_control_group(timeout_s=timeout_s),
+            group=new_control_group(timeout_s=timeout_s + 2 * _GRACE_S),
         )
         store.prepare()
         checkpoint = store.newest()
+        if checkpoint is not None:
+            _check_world(checkpoint, ranks=ranks)
         parts = build(config, ranks=ranks, folder=folder)
         stack.callback(parts.close)
         # Transformers and DeepSpeed have set up their own loggers by now.
@@ -78,7 +82,7 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
             if ranks.is_main:
                 logger.info("resumed at step %d from %s", journal.progress.step, checkpoint)
         journal.progress = replace(journal.progress, max_steps=parts.loader.total_steps())
-        watchdog = stack.enter_context(Watchdog(timeout_s=_HANG_SHARE * timeout_s, folder=folder, ranks=ranks))
+        watchdog = stack.enter_context(Watchdog(timeout_s=timeout_s, folder=folder, ranks=ranks))
         trainer = Trainer(
             parts=parts,
             monitor=stack.enter_context(_monitor(config, folder=folder, journal=journal, ranks=ranks)),
@@ -104,6 +108,15 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         summary = write_summary(folder, journal=journal, export_dir=export_dir, config=config, ranks=ranks)
         mark_done(folder, step=journal.progress.step, config=config, ranks=ranks)
         return summary
+
+
+def _check_world(checkpoint: Path, *, ranks: Ranks) -> None:
+    saved = read_manifest(checkpoint).world_size
+    if saved != ranks.world_size:
+        raise CheckpointError(
+            f"{checkpoint} was saved by {saved} ranks and this job has {ranks.world_size}: ZeRO-3 shards fit only the "
+            "number they were made for. Start as many ranks, or choose another run.dir."
+        )
 
 
 def _owners(parts: Parts, *, journal: Journal, ranks: Ranks) -> dict[str, StateOwner]:

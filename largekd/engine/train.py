@@ -78,9 +78,29 @@ class TrainEngine:
         return {group["name"]: float(group["lr"]) for group in self._engine.optimizer.param_groups}
 
     def save(self, folder: Path) -> None:
-        """Write this rank's weights and optimizer state under `folder`. A collective call."""
+        """Write this rank's weights and optimizer state under `folder`. A collective call.
+
+        Errors: what the write raised (disk full, quota), after all ranks have come through.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        writer = self._engine.checkpoint_engine
+        write, errors = writer.save, []
+
+        def keep_going(*arguments: Any, **options: Any) -> Any:
+            try:
+                return write(*arguments, **options)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+                return None
+
+        # DeepSpeed has barriers inside its save: a rank that left them for a full disk would hang the others.
+        writer.save = keep_going
+        try:
+            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        finally:
+            writer.save = write
+        if errors:
+            raise errors[0]
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote with the same number of ranks; the folder must have been verified before.

@@ -23,17 +23,27 @@ def build_model(
     precision: str,
     attention: str,
     trust_remote_code: bool = False,
+    key: str = "student",
 ) -> PreTrainedModel:
-    """A model of this shape whose parameters are partitioned and undefined; fill it with one of the functions below."""
+    """A model of this shape whose parameters are partitioned and undefined; fill it with one of the functions below.
+
+    Errors: ConfigError when the family or this machine lacks the attention implementation (`<key>.attention`).
+    """
     config = deepcopy(config)
     config.use_cache = False
-    with sharded_init(ds_config):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=DTYPES[precision],
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-        )
+    try:
+        with sharded_init(ds_config):
+            model = AutoModelForCausalLM.from_config(
+                config,
+                dtype=DTYPES[precision],
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"{key}.attention = {attention!r}: transformers cannot build a {config.model_type!r} model with it "
+            f"({str(error).splitlines()[0]})."
+        ) from error
     # Tying is part of the initialisation that sharded_init skips.
     model.tie_weights()
     return model

@@ -1,5 +1,6 @@
 """A causal language model seen as what distillation needs: hidden states and a vocabulary head."""
 
+import logging
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -8,7 +9,33 @@ from transformers import PreTrainedModel
 from largekd.contracts import Batch, VocabularyHead
 from largekd.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 _FLATTENING = frozenset({"flash_attention_2"})
+
+PROVEN_FAMILIES = frozenset(
+    {
+        "cohere",
+        "cohere2",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "olmoe",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "qwen3_moe",
+    }
+)
+"""Model types whose own logits a test compares with the head's formula."""
+
+# Factors that some families put between hidden states and logits, and that the formula does not have.
+_UNKNOWN_FACTORS = ("lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier", "dim_model_base")
 
 
 @dataclass(frozen=True)
@@ -66,6 +93,14 @@ def head_spec(model: PreTrainedModel) -> HeadSpec:
     if not isinstance(head, nn.Linear):
         raise ConfigError(f"{type(model).__name__} has no linear vocabulary head; it cannot be distilled from logits.")
     config = model.config
+    for name in _UNKNOWN_FACTORS:
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise ConfigError(
+                f"{type(model).__name__}: config.json sets {name} = {getattr(config, name)}, a factor of the logits that "
+                "is not supported; a loss without it would be wrong. Choose another model."
+            )
+    if config.model_type not in PROVEN_FAMILIES:
+        logger.warning("model type %r: its logits are taken to be hidden states times the head", config.model_type)
     scale = 1.0
     if getattr(config, "logit_scale", None) is not None:
         scale *= float(config.logit_scale)

@@ -122,7 +122,9 @@ def evaluate_rows(block: RowBlock, /, *, plan: RowPlan) -> RowResult:
     values_RK, gradient_RV = _terms(block, plan=plan, full_logq_RV=full_logq_RV, pair=at_temperature)
     if gradient_RV is not None:
         gradient_RV = plan.student.projection_gradient(gradient_RV=gradient_RV, logits_RV=logits_RV)
-    health_RH = _health(block, full_logq_RV=full_logq_RV, pair=at_one) if full_logq_RV is not None and plan.measure else None
+    health_RH = (
+        _health(block, full_logq_RV=full_logq_RV, pair=at_one) if full_logq_RV is not None and plan.measure else None
+    )
     return RowResult(values_RK, health_RH, gradient_RV)
 
 

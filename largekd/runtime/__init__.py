@@ -1,0 +1,1 @@
+"""Runtime: this process, its peers, and how a run starts, stops and notices a hung rank."""

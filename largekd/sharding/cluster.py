@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,6 +33,8 @@ def process_group(*, timeout_s: int) -> Iterator[None]:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+    # DeepSpeed calls collectives by names that torch is about to drop; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
     try:
         yield

@@ -10,9 +10,9 @@ from savers import Job, run_job
 
 from largekd.checkpoint import commit
 from largekd.checkpoint.commit import CheckpointStore, require_shared
-from largekd.checkpoint.manifest import hash_file, read_manifest
+from largekd.checkpoint.manifest import hash_file, read_manifest, write_marker
 from largekd.errors import CheckpointError, ConfigError
-from largekd.runtime.ranks import Ranks, current_ranks
+from largekd.runtime.ranks import Ranks, barrier, current_ranks, new_control_group
 
 
 @pytest.fixture
@@ -141,6 +141,32 @@ def test_two_ranks_save_and_resume(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == ["step_00000004", "step_00000006"]
 
 
+def _fail_between_collectives(folder: str) -> list[str]:
+    """Rank 1 fails where rank 0 waits for it in a collective of the body."""
+    ranks = current_ranks()
+    store = CheckpointStore(Path(folder), ranks=ranks, group=new_control_group(timeout_s=20))
+    store.prepare()
+    try:
+        with store.writing(step=1) as temporary:
+            (temporary / f"{ranks.rank}").touch()
+            if ranks.rank == 1:
+                raise OSError(28, "No space left on device")
+            barrier()
+    except (CheckpointError, RuntimeError) as error:
+        barrier(group=store.group)
+        return [type(error).__name__, str(error), *os.listdir(folder)]
+    return []
+
+
+def test_a_failure_amid_the_bodys_collectives_reaches_the_others_after_their_time_out(tmp_path: Path) -> None:
+    outcomes = run_forked(
+        _fail_between_collectives, tmp_path=tmp_path, world_size=2, group_timeout_s=2, folder=str(tmp_path / "c")
+    )
+    assert "imed out" in outcomes[0].value[1], outcomes
+    assert outcomes[1].value[0] == "CheckpointError" and "No space left" in outcomes[1].value[1]
+    assert all(len(outcome.value) == 2 for outcome in outcomes), "nothing is left"
+
+
 def _probe_unshared(folder: str) -> str:
     ranks = current_ranks()
     mine = Path(folder) / f"node_{ranks.rank}"
@@ -157,3 +183,19 @@ def test_an_unshared_folder_is_refused_on_all_ranks(tmp_path: Path) -> None:
     outcomes = run_forked(_probe_unshared, tmp_path=tmp_path, world_size=2, folder=str(tmp_path / "nodes"))
     assert all("rank 1 on node" in o.value and "all nodes share" in o.value for o in outcomes), outcomes
     assert list((tmp_path / "nodes" / "node_0").iterdir()) == []
+
+
+def test_a_kill_inside_the_markers_write_leaves_nothing_unlisted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "step_00000001"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+
+    def killed(source: Path, target: Path) -> None:
+        raise SystemExit
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(SystemExit):
+        write_marker(folder)
+    assert os.listdir(folder) == ["manifest.json"]

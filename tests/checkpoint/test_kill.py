@@ -81,4 +81,4 @@ def test_twenty_kills_at_random_moments(tmp_path: Path) -> None:
 
 
 def _committed_beyond(folder: Path, *, step: int) -> bool:
-    return folder.is_dir() and any(STEP_FOLDER.fullmatch(name) and int(name[5:]) > step for name in os.listdir(folder))
+    return any(int(path.parent.name.removeprefix("step_")) > step for path in folder.glob("step_*/COMPLETE"))

@@ -155,7 +155,21 @@ def test_second_load_reads_the_cache_and_processes_agree(
     calls.clear()
     assert load(path, tokenizer, sequence_length=17).samples.fingerprint == once.fingerprint
     assert calls == [], "the second load must not tokenize"
-    assert two.fingerprint == load(path, tokenizer).samples.fingerprint
+    one = load(path, tokenizer).samples
+    assert two.fingerprint == one.fingerprint
+
+
+def test_samples_are_found_across_the_chunks_of_a_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [" ".join(WORDS[i % 5 : i % 5 + 1 + i % 7]) for i in range(2500)]
+    samples = load(write_lines(tmp_path / "a.jsonl", [{"text": text} for text in texts]), tokenizer, num_proc=2).samples
+    assert len(samples._ids._ends) > 1, "the case needs several Arrow chunks"
+    pieces: dict[int, list[int]] = {}
+    for sample in range(len(samples)):
+        record = int(samples.records[sample])
+        ids = samples.ids(sample).tolist()
+        assert len(ids) == samples.lengths[sample] + 1
+        pieces.setdefault(record, ids[:1]).extend(ids[1:])
+    assert [tokenizer.decode(pieces[record][:-1]) for record in range(2500)] == texts
 
 
 def test_the_fingerprint_follows_the_content(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

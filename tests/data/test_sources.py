@@ -76,6 +76,7 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert texts(read_records(SourceConfig(path=str(path)))) == ["one"]
     write_lines(path, [{"text": "two"}, {"text": "three"}])
     assert texts(read_records(SourceConfig(path=str(path)))) == ["two", "three"]
+    assert texts(read_records(SourceConfig(path=str(path), max_samples=1))) == ["two"]
 
 
 def test_max_samples_counts_over_files(tmp_path: Path) -> None:

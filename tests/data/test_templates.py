@@ -78,13 +78,16 @@ def test_special_text_inside_an_answer_does_not_end_it(tokenizer: PreTrainedToke
     assert learnt(encoder_of(tokenizer), talk) == ["one<|im_end|>\ntwo<|im_end|>"]
 
 
-def test_trimmed_offsets_do_not_take_the_prompts_newline(
+def test_trimmed_offsets_do_not_take_the_prompts_last_space(
     make_tokenizer: Callable[..., PreTrainedTokenizerFast],
 ) -> None:
     encoder = encoder_of(make_tokenizer(trim_offsets=True))
     assert learnt(encoder, TALK) == ["naïve café 1 2 3<|im_end|>", "the lazy dog<|im_end|>"]
     spaced = [TALK[0], {"role": "assistant", "content": "a  b "}]
     assert learnt(encoder, spaced) == ["a  b <|im_end|>"]
+    # The space at the end of the prompt is a token of its own here, reported as empty at the answer's start.
+    broken = [TALK[0], {"role": "assistant", "content": "\nfox "}]
+    assert learnt(encoder_of(encoder.tokenizer, PLAIN), broken) == ["\nfox \n"]
 
 
 def test_spaces_across_the_border_carry_no_loss(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> None:
@@ -94,6 +97,14 @@ def test_spaces_across_the_border_carry_no_loss(make_tokenizer: Callable[..., Pr
     prompt = tokenizer.apply_chat_template(talk[:1], tokenize=True, add_generation_prompt=True)["input_ids"]
     assert ids[: len(prompt)].tolist() != prompt, "the case needs a prompt whose ids are no prefix"
     assert learnt(encoder_of(tokenizer), talk) == ["fox<|im_end|>"]
+
+
+def test_a_token_that_mixes_prompt_and_answer_carries_no_loss(
+    make_tokenizer: Callable[..., PreTrainedTokenizerFast],
+) -> None:
+    tokenizer = make_tokenizer(extra=(">ye",))
+    template = PLAIN.replace("assistant: ", "assistant>").replace("{{ m.role }}: ", "{{ m.role }}>")
+    assert learnt(encoder_of(tokenizer, template), [TALK[0], {"role": "assistant", "content": "yes"}]) == ["s\n"]
 
 
 def test_templates_that_rewrite_earlier_turns(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -120,8 +131,11 @@ def test_a_template_without_special_tokens(tokenizer: PreTrainedTokenizerFast) -
 
 def test_a_template_that_moves_messages_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     backwards = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
-    with pytest.raises(UnusableRecordError, match=r"before assistant message 1 .*\{% generation %\}"):
-        encoder_of(tokenizer, backwards).encode(TALK)
+    prompt_first = "{% if add_generation_prompt %}answer:{% endif %}" + CHATML
+    altered = CHATML.replace("{{ message['content'] }}", "{{ message['content'] | upper if loop.last else '…' }}")
+    for template in (backwards, prompt_first, altered):
+        with pytest.raises(UnusableRecordError, match=r"before assistant message 1 .*\{% generation %\}"):
+            encoder_of(tokenizer, template).encode(TALK)
 
 
 @pytest.mark.parametrize(

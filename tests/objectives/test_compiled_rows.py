@@ -25,7 +25,13 @@ def outcome(*, compile: bool, temperature: float, **options) -> tuple[Vocabulary
     arguments = {"vocab_size": case.vocab_size, "batch": case.batch, "signal": case.signal, "scales": SCALES}
     result = module(case.hidden_BSD, case.weight_VD, case.bias_V, softcap=5.0, **arguments)
     result["loss"].backward()
-    return module, [result["loss"].detach(), result["sums"], case.hidden_BSD.grad, case.weight_VD.grad, case.bias_V.grad]
+    return module, [
+        result["loss"].detach(),
+        result["sums"],
+        case.hidden_BSD.grad,
+        case.weight_VD.grad,
+        case.bias_V.grad,
+    ]
 
 
 @pytest.mark.slow

@@ -64,7 +64,9 @@ def make_case(
     )
 
 
-def logits64(hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int, scale: float, cap: float | None) -> Tensor:
+def logits64(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab: int, scale: float, cap: float | None
+) -> Tensor:
     z = hidden.reshape(-1, hidden.shape[-1]).double() @ weight[:vocab].double().T
     z = scale * (z if bias is None else z + bias[:vocab].double())
     return z if cap is None else cap * torch.tanh(z / cap)
@@ -77,7 +79,11 @@ def divergence64(name: str, p: Tensor, q: Tensor, mix: float) -> Tensor:
         return (torch.xlogy(a, a) - torch.xlogy(a, b)).sum(-1)
 
     m = mix * p + (1 - mix) * q
-    return {"forward_kl": lambda: kl(p, q), "reverse_kl": lambda: kl(q, p), "jsd": lambda: mix * kl(p, m) + (1 - mix) * kl(q, m)}[name]()
+    return {
+        "forward_kl": lambda: kl(p, q),
+        "reverse_kl": lambda: kl(q, p),
+        "jsd": lambda: mix * kl(p, m) + (1 - mix) * kl(q, m),
+    }[name]()
 
 
 def reference(case: Case, *, names: list[str], temperature: float, mix: float = 0.5) -> Tensor:

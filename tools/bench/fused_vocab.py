@@ -112,7 +112,9 @@ def table(results: dict[str, Any], /) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print the tables, judge the bars."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small cell, one round; only growth and accuracy count")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small cell, one round; only the loss's accuracy is judged"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds on the named cell (default 3)")
     parser.add_argument("--divergence", choices=("forward_kl", "reverse_kl", "jsd"), default="forward_kl")
     parser.add_argument("--all-cells", action="store_true", help="one round each of fp32 and of hidden 2,048 as well")
@@ -123,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _run_child(json.loads(options.child))
     cell = replace(QUICK if options.quick else NAMED, divergence=options.divergence)
     names = [name for name in CONTENDERS if _installed(name)]
-    gate = replace(cell, tokens=128 if options.quick else 512, vocab=8192 if options.quick else 32_768)
+    gate = replace(cell, tokens=128 if options.quick else 512, vocab=8192 if options.quick else 16_384)
     _say("accuracy against float64")
     judged = ("ours", "ours_low_memory", "ours_compiled")
     compared = tuple(name for name in ("full_bf16", "liger_256") if name in names)
@@ -155,7 +157,9 @@ def _run_child(payload: dict[str, Any], /) -> int:
 def _print_report(report: dict[str, Any], /) -> None:
     for results in [report["named"], *report.get("others", [])]:
         print(f"\n{Cell(**results['cell']).name}\n{table(results)}")
-    print(f"\nRelative errors against float64 ({Cell(**report['accuracy_cell']).name}; largest over temperatures 1 and 2)")
+    print(
+        f"\nRelative errors against float64 ({Cell(**report['accuracy_cell']).name}; largest over temperatures 1 and 2)"
+    )
     for name in dict.fromkeys(record["contender"] for record in report["accuracy"]):
         for divergence in ("forward_kl", "reverse_kl", "jsd"):
             rows = [r for r in report["accuracy"] if (r["contender"], r["divergence"]) == (name, divergence)]

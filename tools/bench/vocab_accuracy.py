@@ -8,7 +8,7 @@ from vocab_cell import Cell, Inputs, make_inputs
 from vocab_contenders import BETA, CONTENDERS, DIVERGENCES
 
 
-def accuracy(cell: Cell, /, *, names: tuple[str, ...], chunk_tokens: int = 16) -> list[dict[str, object]]:
+def accuracy(cell: Cell, /, *, names: tuple[str, ...], chunk_tokens: int = 64) -> list[dict[str, object]]:
     """Relative error of the loss, and of each gradient as ‖g − g64‖ / ‖g64‖, per contender, divergence, temperature."""
     records: list[dict[str, object]] = []
     for temperature in (1.0, 2.0):
@@ -34,7 +34,7 @@ def accuracy(cell: Cell, /, *, names: tuple[str, ...], chunk_tokens: int = 16) -
 
 
 def reference(cell: Cell, inputs: Inputs, /, *, chunk_tokens: int) -> tuple[float, tuple[Tensor, Tensor]]:
-    """Mean loss per token and the gradients of hidden states and head, by autograd in float64, a few tokens at a time."""
+    """Mean loss per token and the gradients of hidden states and head in float64, a few tokens at a time."""
     hidden_TD, weight_VD = (t.detach().double() for t in (inputs.hidden_TD, inputs.weight_VD))
     teacher_TE, teacher_VE = inputs.teacher_hidden_TE.double(), inputs.teacher_weight_VE.double()
     hidden_gradient_TD, weight_gradient_VD = torch.zeros_like(hidden_TD), torch.zeros_like(weight_VD)

@@ -28,18 +28,22 @@ def median(values: Iterable[float], /) -> float:
 
 
 def judge(report: dict[str, Any], /, *, judged: tuple[str, ...], speed: bool) -> list[dict[str, str]]:
-    """One record per bar. Without `speed` (a small cell) memory and time are shown and not judged."""
+    """One record per bar. Without `speed` (a small cell) only the loss is judged."""
     runs = report["named"]["one_thread"]
     bars = [_ratio(runs, "P1", "memory", "peak_bytes", *bar, counts=speed) for bar in MEMORY]
     bars += [_ratio(runs, "P2", "CPU time", "cpu_s", *bar, counts=speed) for bar in SPEED]
     growth = report["growth"]
-    bars.append(_bar("P3", "bytes per token beyond the head's gradient", growth["slope"], growth["limit"], counts=True))
+    bars.append(
+        _bar("P3", "bytes per token beyond the head's gradient", growth["slope"], growth["limit"], counts=speed)
+    )
     mine = [record for record in report["accuracy"] if record["contender"] in judged]
-    for text, field, limit in (
-        ("relative error of the loss", "loss_error", LOSS_ERROR),
-        ("relative error of the gradients (L2)", "gradient_error", GRADIENT_ERROR),
-    ):
-        bars.append(_bar("P4", text, max(record[field] for record in mine), limit, counts=True))
+    loss_error = max(record["loss_error"] for record in mine)
+    bars.append(_bar("P4", "relative error of the loss", loss_error, LOSS_ERROR, counts=True))
+    for divergence in dict.fromkeys(record["divergence"] for record in mine):
+        error = max(record["gradient_error"] for record in mine if record["divergence"] == divergence)
+        bars.append(
+            _bar("P4", f"relative L2 error of the gradients, {divergence}", error, GRADIENT_ERROR, counts=speed)
+        )
     return bars
 
 

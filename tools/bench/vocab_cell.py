@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+HEAD_STD = 0.02
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -49,19 +50,18 @@ class Inputs:
 
 
 def make_inputs(cell: Cell, /, *, seed: int = 0) -> Inputs:
-    """Normal hidden states and heads of which both models' logits have a standard deviation of 1."""
+    """Hidden states of unit variance, as after a final norm, and heads at the usual initial deviation of 0.02."""
     generator = torch.Generator().manual_seed(seed)
     dtype = DTYPES[cell.dtype]
 
     def normal(rows: int, *, std: float) -> Tensor:
         return torch.empty(rows, cell.hidden, dtype=dtype).normal_(0, std, generator=generator)
 
-    std = cell.hidden**-0.5
     return Inputs(
         hidden_TD=normal(cell.tokens, std=1.0).requires_grad_(),
-        weight_VD=normal(cell.vocab, std=std).requires_grad_(),
+        weight_VD=normal(cell.vocab, std=HEAD_STD).requires_grad_(),
         teacher_hidden_TE=normal(cell.tokens, std=1.0),
-        teacher_weight_VE=normal(cell.vocab, std=std),
+        teacher_weight_VE=normal(cell.vocab, std=HEAD_STD),
         labels_T=torch.randint(0, cell.vocab, (cell.tokens,), generator=generator),
     )
 

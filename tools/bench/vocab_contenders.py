@@ -27,7 +27,7 @@ _PASSES: dict[tuple[str, float, int, bool], VocabularyPass] = {}
 
 
 def ours(cell: Cell, inputs: Inputs, /, *, chunk_tokens: int, compile: bool = False) -> float:
-    """largekd's fused pass."""
+    """The fused pass of this project."""
     key = (cell.divergence, cell.temperature, chunk_tokens, compile)
     if key not in _PASSES:
         needs = SignalRequest(distribution=True)
@@ -49,7 +49,7 @@ def ours(cell: Cell, inputs: Inputs, /, *, chunk_tokens: int, compile: bool = Fa
     loss.backward()
     if compile:
         assert _PASSES[key].rows.compiles, "the row function was not compiled"
-    return float(loss)
+    return loss.item()
 
 
 def full_logits(cell: Cell, inputs: Inputs, /, *, upcast: bool) -> float:
@@ -63,7 +63,7 @@ def full_logits(cell: Cell, inputs: Inputs, /, *, upcast: bool) -> float:
     teacher_logp_TV = F.log_softmax(teacher_TV / cell.temperature, dim=-1)
     loss = _textbook(student_logp_TV, teacher_logp_TV, beta=BETA[cell.divergence])
     loss.backward()
-    return float(loss)
+    return loss.item()
 
 
 def _textbook(student_logp_TV: Tensor, teacher_logp_TV: Tensor, /, *, beta: float) -> Tensor:
@@ -94,7 +94,7 @@ def liger(cell: Cell, inputs: Inputs, /, *, chunk_tokens: int) -> float:
         inputs.hidden_TD, inputs.weight_VD, inputs.teacher_hidden_TE, inputs.teacher_weight_VE, inputs.labels_T
     )
     loss.backward()
-    return float(loss)
+    return loss.item()
 
 
 def trl(cell: Cell, inputs: Inputs, /) -> float:
@@ -111,7 +111,7 @@ def trl(cell: Cell, inputs: Inputs, /) -> float:
         temperature=cell.temperature,
     )
     loss.backward()
-    return float(loss)
+    return loss.item()
 
 
 def matmul_floor(cell: Cell, inputs: Inputs, /, *, chunk_tokens: int) -> None:
