@@ -6,7 +6,7 @@ D student width, E teacher width.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,10 +58,8 @@ class Batch:
 
     def to(self, *, device: torch.device) -> "Batch":
         """This batch with its tensors on `device`; the copies are asynchronous where memory is pinned."""
-        moved = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 
@@ -138,8 +136,3 @@ class Progress:
     train_s: float = 0.0
     skipped_steps: int = 0
     consecutive_skips: int = 0
-
-    @property
-    def fraction(self) -> float:
-        """Share of the run that is done, in [0, 1]."""
-        return self.step / self.max_steps if self.max_steps else 0.0

@@ -2,7 +2,12 @@
 
 
 class LargeKDError(Exception):
-    """Base of every error that is the user's to mend; a launcher prints its message alone and exits with status 2."""
+    """Base of every error that is the user's to mend; a launcher prints its message alone and exits with status 2.
+
+    Rank 0 prints it; `only_here` is set on another rank whose error rank 0 does not share, so that it speaks too.
+    """
+
+    only_here = False
 
 
 class ConfigError(LargeKDError):

@@ -49,11 +49,13 @@ def exit_status(run: Callable[[], None]) -> int:
     try:
         run()
     except LargeKDError as error:
-        return _refuse(str(error))
+        return _refuse(str(error), always=error.only_here)
     return 0
 
 
-def _refuse(message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        sys.stderr.write(f"{Path(sys.argv[0]).name}: {message}\n")
+def _refuse(message: str, *, always: bool = False) -> int:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or always:
+        who = "" if rank == "0" else f" (rank {rank} alone)"
+        sys.stderr.write(f"{Path(sys.argv[0]).name}{who}: {message}\n")
     return USER_ERROR

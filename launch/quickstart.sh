@@ -35,7 +35,8 @@ else
 fi
 
 port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-launcher=(deepspeed --master_port "$port")
+# The launcher tells at length what it starts; the run itself reports what matters.
+launcher=(deepspeed --master_port "$port" --log_level error)
 if [ "${DS_ACCELERATOR:-}" = cpu ]; then
     launcher+=(--num_accelerators 2)
     # More threads than cores per rank slow both ranks down.
@@ -49,6 +50,11 @@ else
         "train.micro_batch_size=$((batch / ranks))" ${overrides[@]+"${overrides[@]}"})
 fi
 
+# One process is enough to tell what a finished run has found.
+if [ -e "$run_dir/DONE" ] && [[ " ${overrides[*]-} " != *" run.fresh=true "* ]]; then
+    launcher=(python)
+fi
+
 echo "quickstart: ${launcher[*]} launch/train.py --config $recipe ${overrides[*]-}" >&2
 "${launcher[@]}" launch/train.py --config "$recipe" ${overrides[@]+"${overrides[@]}"}
 
@@ -57,11 +63,4 @@ if [ ! -e "$run_dir/DONE" ]; then
     echo "quickstart: stopped before the end; the same command goes on from the last checkpoint in $run_dir" >&2
     exit 1
 fi
-student="$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["export_dir"])' "$run_dir/summary.json")"
-cat <<END
-
-Curves:        tensorboard --logdir $run_dir
-Talk to it:    python tools/chat.py $student --prompt "What is 12 + 30?"
-Load it:       transformers.AutoModelForCausalLM.from_pretrained("$student")
-In a new shell first: . launch/env.sh
-END
+echo "In a new shell, before any of these commands: . launch/env.sh"

@@ -29,7 +29,8 @@ def build(folder: str, *, layers: list[int] | None = None, zero: dict | None = N
     config = read_config(Path(folder), key="teacher.model", trust_remote_code=False)
     if layers is not None:
         config = config_with_layers(config, layers=layers)
-    return build_model(config, ds_config=ds_config(zero=zero, precision=precision), precision=precision, attention="sdpa")
+    placed = ds_config(zero=zero, precision=precision)
+    return build_model(config, ds_config=placed, precision=precision, attention="sdpa")
 
 
 def whole(model) -> dict[str, torch.Tensor]:

@@ -98,9 +98,7 @@ def build_side(
         enable_checkpointing(decoders[1].model)
     settings = ObjectiveConfig.model_validate(objective or OBJECTIVE)
     terms = build_terms(settings)
-    vocabulary = VocabularyPass(
-        terms=terms, temperature=settings.temperature, chunk_tokens=settings.chunk_tokens
-    )
+    vocabulary = VocabularyPass(terms=terms, temperature=settings.temperature, chunk_tokens=settings.chunk_tokens)
     module = DistillModel(student=decoders[1], vocabulary=vocabulary)
     return Side(
         engine=TrainEngine(

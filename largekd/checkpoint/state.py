@@ -9,7 +9,7 @@ from largekd.checkpoint.commit import CheckpointStore, step_folder
 from largekd.errors import CheckpointError
 from largekd.runtime.faults import fault_point
 from largekd.runtime.files import read_json, write_json
-from largekd.runtime.ranks import Ranks
+from largekd.runtime.ranks import Ranks, Together
 from largekd.runtime.seeds import load_random_state, save_random_state
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -19,7 +19,10 @@ class StateOwner(Protocol):
     """Something that must survive a restart. Both methods run on every rank, with the same existing folder."""
 
     def save(self, folder: Path) -> None:
-        """Write all of it under `folder`; files of one rank carry its number. The caller flushes them."""
+        """Write all of it under `folder`; files of one rank carry its number. The caller flushes them.
+
+        A rank that cannot write raises only after the collectives of the save, or the others wait for it.
+        """
 
     def load(self, folder: Path) -> None:
         """Become what was saved. The folder was verified."""
@@ -77,10 +80,12 @@ def save_state(store: CheckpointStore, *, step: int, owners: Mapping[str, StateO
     with store.writing(step=step) as folder:
         fault_point("save:before_shard", rank=store.ranks.rank, step=step)
         for position, (name, owner) in enumerate(owners.items()):
-            (folder / name).mkdir(exist_ok=True)
-            owner.save(folder / name)
-            if position == 0:
-                fault_point("save:mid_shard", rank=store.ranks.rank, step=step)
+            # The next owner may hold a collective, in which a rank that failed here would be missing.
+            with Together(group=store.group):
+                (folder / name).mkdir(exist_ok=True)
+                owner.save(folder / name)
+                if position == 0:
+                    fault_point("save:mid_shard", rank=store.ranks.rank, step=step)
     return target
 
 

@@ -44,6 +44,6 @@ class OptimConfig(Frozen):
     min_lr_frac: float = Field(0.1, ge=0, le=1, description="Fraction of the peak at the last step.")
     implementation: Literal["torch", "deepspeed"] = Field(
         "torch",
-        description="torch: bit-exact resume everywhere. deepspeed: its fused GPU or CPU Adam, faster with CPU offload.",
+        description="torch: bit-exact resume everywhere. deepspeed: its fused GPU or CPU Adam, fast with CPU offload.",
     )
     groups: tuple[GroupConfig, ...] = Field((), description="Learning-rate groups; the first match wins.")

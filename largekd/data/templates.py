@@ -139,19 +139,17 @@ class ChatEncoder:
         """Where message `index` is answered in `text`, found by rendering the conversation up to it."""
         if index == 0:
             raise UnusableRecordError("begins with an assistant message: there is no prompt that it answers")
-        before = self._render(messages[:index])
-        prompt = self._render(messages[:index], add_generation_prompt=True)
-        if not text.startswith(before):
-            raise UnusableRecordError(UNALIGNED.format(index=index))
-        start = _common_prefix(prompt, text)
         # Reasoning templates rewrite earlier turns: content before the end of a thought may not be rendered at all.
         content = (messages[index].get("content") or "").rsplit(END_OF_THOUGHT, 1)[-1].strip()
+        prompt = self._render(messages[:index], add_generation_prompt=True)
+        start = _common_prefix(prompt, text)
         if start < len(prompt):
             # The prompt opens a thought that this answer lacks; do not let a shared "<" swallow the answer's start.
+            before = self._render(messages[:index])
             found = text.find(content, len(before)) if content else -1
             start = min(start, found) if found >= 0 else start
-        if start < len(before):
-            raise UnusableRecordError(UNALIGNED.format(index=index))
+            if start < len(before) or not text.startswith(before):
+                raise UnusableRecordError(UNALIGNED.format(index=index))
         after = self._render(messages[: index + 1])
         if text.startswith(after):
             return Span(start, len(after))

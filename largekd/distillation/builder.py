@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import disable_progress_bars
 
 from largekd.config.checks import check_world
 from largekd.config.data import SourceConfig
@@ -142,6 +143,8 @@ def _build_data(
             key=key,
         )
 
+    if not ranks.is_main:
+        disable_progress_bars()
     training = load(data.train, "data.train")
     held_out = load(data.eval, "data.eval") if data.eval is not None else None
     if ranks.is_main:

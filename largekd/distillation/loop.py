@@ -46,6 +46,7 @@ def run_steps(
     """
     parts, config = trainer.parts, trainer.parts.config
     window = Window(meters=trainer.meters, terms=parts.terms)
+    parts.engine.train()
     while True:
         started = time.perf_counter()
         trainer.watchdog.beat("data")
@@ -123,9 +124,7 @@ def _check_numerics(trainer: Trainer, *, batches: Sequence[Batch], result: StepR
     if result.outcome.applied:
         parts.watch.forget()
         return
-    culprits = find_culprits(
-        batches, losses=result.losses, gradients_finite=parts.watch.read(), rank=parts.ranks.rank
-    )
+    culprits = find_culprits(batches, losses=result.losses, gradients_finite=parts.watch.read(), rank=parts.ranks.rank)
     who = "; ".join(str(culprit) for culprit in culprits) or "no rank before the gradients were summed"
     if parts.ranks.is_main:
         logger.warning("step %d was skipped on all ranks: not finite on %s", progress.step, who)

@@ -30,8 +30,8 @@ class DistillModel(nn.Module):
         spec = self.student.head_spec
         return self.vocabulary(
             hidden_BSD,
-            self.student.head_weight_VD,
-            self.student.head_bias_V,
+            self.student.head_weight,
+            self.student.head_bias,
             head_scale=spec.scale,
             softcap=spec.softcap,
             vocab_size=spec.vocab_size,

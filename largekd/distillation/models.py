@@ -110,9 +110,7 @@ def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
 
 
 def _find(name: str, *, config: Any, key: str, first: First) -> ModelFolder:
-    return find_model(
-        name, key=key, revision=config.revision, trust_remote_code=config.trust_remote_code, first=first
-    )
+    return find_model(name, key=key, revision=config.revision, trust_remote_code=config.trust_remote_code, first=first)
 
 
 def _check_positions(model_config: PretrainedConfig, *, key: str, sequence_length: int) -> None:

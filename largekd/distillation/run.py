@@ -15,14 +15,14 @@ from largekd.distillation.folder import finished_summary, mark_done, open_folder
 from largekd.distillation.journal import Journal
 from largekd.distillation.loop import Trainer, evaluate_now, run_steps
 from largekd.distillation.output import export_student, write_summary
-from largekd.errors import CheckpointError
+from largekd.errors import CheckpointError, LargeKDError
 from largekd.monitoring.meters import Meters
 from largekd.monitoring.monitor import Monitor
 from largekd.monitoring.summary import render_summary
 from largekd.monitoring.timers import Timers, event_factory
 from largekd.runtime.lock import run_lock
 from largekd.runtime.logging import configure_logging, write_line
-from largekd.runtime.ranks import Ranks, current_ranks, new_control_group
+from largekd.runtime.ranks import Ranks, current_ranks, main_failed_too, new_control_group
 from largekd.runtime.seeds import seed_everything
 from largekd.runtime.shutdown import StopSignal
 from largekd.runtime.watchdog import Watchdog
@@ -44,13 +44,17 @@ def distill(config: RunConfig) -> dict[str, Any] | None:
         ranks = current_ranks()
         configure_logging(level=config.log.level, rank=ranks.rank)
         folder = Path(config.run.dir).expanduser().absolute()
-        with run_lock(folder, ranks=ranks):
-            open_folder(folder, config=config, ranks=ranks)
-            summary = finished_summary(folder, config=config, ranks=ranks)
-            if summary is None:
-                summary = _run(config, folder=folder, ranks=ranks)
-            elif ranks.is_main:
-                write_line(f"{folder} holds a finished run; run.fresh=true starts it anew.")
+        try:
+            with run_lock(folder, ranks=ranks):
+                open_folder(folder, config=config, ranks=ranks)
+                summary = finished_summary(folder, config=config, ranks=ranks)
+                if summary is None:
+                    summary = _run(config, folder=folder, ranks=ranks)
+                elif ranks.is_main:
+                    write_line(f"{folder} holds a finished run; run.fresh=true starts it anew.")
+        except LargeKDError as error:
+            error.only_here = not main_failed_too(ranks=ranks)
+            raise
         if summary is not None and ranks.is_main:
             write_line(render_summary(summary))
         return summary

@@ -30,7 +30,7 @@ class StepScales:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step's outcome. `losses` and `sums` are this rank's, one per micro-batch; `health` is None when not measured."""
+    """One step's outcome on this rank: `losses` per micro-batch, `sums` over them; `health` None if not measured."""
 
     outcome: StepOutcome
     losses: tuple[Tensor, ...]

@@ -62,19 +62,19 @@ class Decoder(nn.Module):
         self.head_spec = head_spec(model)
 
     @property
-    def head_weight_VD(self) -> nn.Parameter:
+    def head_weight(self) -> nn.Parameter:
         """The vocabulary projection; the embedding itself where the two are tied."""
         return self.model.get_output_embeddings().weight
 
     @property
-    def head_bias_V(self) -> nn.Parameter | None:
+    def head_bias(self) -> nn.Parameter | None:
         """The projection's bias, in the few families that have one."""
         return getattr(self.model.get_output_embeddings(), "bias", None)
 
     @property
     def head_parameters(self) -> list[nn.Parameter]:
         """What must be whole for the vocabulary pass."""
-        return [p for p in (self.head_weight_VD, self.head_bias_V) if p is not None]
+        return [p for p in (self.head_weight, self.head_bias) if p is not None]
 
     def forward(self, *, batch: Batch) -> Tensor:
         """Hidden states `[B, S, D]`."""
@@ -96,8 +96,8 @@ def head_spec(model: PreTrainedModel) -> HeadSpec:
     for name in _UNKNOWN_FACTORS:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ConfigError(
-                f"{type(model).__name__}: config.json sets {name} = {getattr(config, name)}, a factor of the logits that "
-                "is not supported; a loss without it would be wrong. Choose another model."
+                f"{type(model).__name__}: config.json sets {name} = {getattr(config, name)}, a factor of the logits "
+                "that is not supported; a loss without it would be wrong. Choose another model."
             )
     if config.model_type not in PROVEN_FAMILIES:
         logger.warning("model type %r: its logits are taken to be hidden states times the head", config.model_type)

@@ -19,6 +19,7 @@ from torch import Tensor
 from largekd import errors
 
 _HOST_BACKENDS = ("gloo", "mpi")
+_MAIN_FAILED = "largekd/main_failed"
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,23 @@ def raise_together(error: BaseException | None, *, group: dist.ProcessGroup | No
     raise _rebuilt(name, code=code, message=f"rank {rank}: {message}")
 
 
+def main_failed_too(*, ranks: Ranks, wait_s: float = 5.0) -> bool:
+    """Whether rank 0 also came here, with an error of its own, within `wait_s`; True on rank 0. Not a collective call.
+
+    Call it on the way out of a failed run: a rank that fails alone must speak for itself.
+    """
+    if not dist.is_initialized():
+        return True
+    if ranks.is_main:
+        _store_of_group().set(_MAIN_FAILED, "1")
+        return True
+    try:
+        _store_of_group().wait([_MAIN_FAILED], timedelta(seconds=wait_s))
+    except (dist.DistError, RuntimeError):
+        return False
+    return True
+
+
 class Together:
     """Context manager around what one rank may fail at: an error in any rank's body is raised on every rank."""
 
@@ -179,6 +197,10 @@ def collective_device(*, group: dist.ProcessGroup | None = None) -> torch.device
     if accelerator is None or any(name in backend for name in _HOST_BACKENDS):
         return torch.device("cpu")
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def _store_of_group() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 def _encode(value: Any) -> Tensor:

@@ -13,7 +13,7 @@ _BUILD_LOCK = threading.Lock()
 
 @contextmanager
 def sharded_init(ds_config: Mapping[str, Any]) -> Iterator[None]:
-    """Every parameter of a module built inside is partitioned over all ranks as soon as it exists; values are undefined.
+    """Every parameter of a module built inside is partitioned over all ranks at once; its values are undefined.
 
     `ds_config` is a whole DeepSpeed configuration; its placement decides where the shards live and its precision
     decides their dtype. Buffers keep the dtype that the model gives them.
@@ -48,7 +48,7 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_tensor")
 
 
-def full_shape(parameter: Tensor) -> torch.Size:
+def full_shape(parameter: Any) -> torch.Size:
     """Shape of the whole parameter."""
     return parameter.ds_shape if is_sharded(parameter) else parameter.shape
 
@@ -61,6 +61,7 @@ def full_numel(parameter: Tensor) -> int:
 def resident_bytes(module: nn.Module) -> int:
     """Bytes of parameter storage that this rank holds at this moment: its shards and whatever is gathered."""
     total = 0
+    parameter: Any
     for parameter in module.parameters():
         total += parameter.untyped_storage().nbytes()
         if is_sharded(parameter):
@@ -68,7 +69,7 @@ def resident_bytes(module: nn.Module) -> int:
     return total
 
 
-def write_shard(parameter: Tensor, value: Tensor, *, rank: int) -> None:
+def write_shard(parameter: Any, value: Tensor, *, rank: int) -> None:
     """Copy this rank's part of `value` (the whole tensor, any dtype, usually a mapped file) into its shard.
 
     No communication, and no more of `value` is read than the shard needs. A shard that lives on NVMe is not in

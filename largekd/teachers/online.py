@@ -1,6 +1,6 @@
 """The online teacher: a frozen, sharded model that runs beside the student."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 
 from torch import Tensor
@@ -43,17 +43,17 @@ class OnlineTeacher:
             with closing(self._gathering(hidden)) as signals:
                 yield signals
 
-    def _gathering(self, hidden: Sequence[Tensor]) -> Iterator[TeacherSignal]:
+    def _gathering(self, hidden: Sequence[Tensor]) -> Generator[TeacherSignal]:
         for states in hidden:
             with gathered(self._decoder.head_parameters):
                 yield self._signal(states)
 
     def _signal(self, hidden_BSE: Tensor) -> HiddenSignal:
-        bias = self._decoder.head_bias_V
+        bias = self._decoder.head_bias
         return HiddenSignal(
             hidden_BSE=hidden_BSE,
             head=self._decoder.head_spec.with_weights(
-                weight_VD=self._decoder.head_weight_VD.detach(), bias_V=None if bias is None else bias.detach()
+                weight_VD=self._decoder.head_weight.detach(), bias_V=None if bias is None else bias.detach()
             ),
         )
 

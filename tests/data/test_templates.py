@@ -129,11 +129,20 @@ def test_a_template_without_special_tokens(tokenizer: PreTrainedTokenizerFast) -
     assert learnt(encoder_of(tokenizer, PLAIN), TALK) == [" naïve café 1 2 3\n", " the lazy dog\n"]
 
 
+def test_a_template_that_closes_only_whole_conversations(tokenizer: PreTrainedTokenizerFast) -> None:
+    closing = CHATML + "{% if not add_generation_prompt %}<|endoftext|>{% endif %}"
+    assert learnt(encoder_of(tokenizer, closing), TALK[:2]) == ["naïve café 1 2 3<|im_end|>\n<|endoftext|>"]
+
+
 def test_a_template_that_moves_messages_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     backwards = "{% for m in messages | reverse %}{{ m.content }}{% endfor %}"
     prompt_first = "{% if add_generation_prompt %}answer:{% endif %}" + CHATML
     altered = CHATML.replace("{{ message['content'] }}", "{{ message['content'] | upper if loop.last else '…' }}")
-    for template in (backwards, prompt_first, altered):
+    # A prompt that is no continuation of the conversation before it.
+    replaced = (
+        "{% if add_generation_prompt %}" + "{{ messages[0].content }}" * 2 + "{% else %}" + altered + "{% endif %}"
+    )
+    for template in (backwards, prompt_first, altered, replaced):
         with pytest.raises(UnusableRecordError, match=r"before assistant message 1 .*\{% generation %\}"):
             encoder_of(tokenizer, template).encode(TALK)
 

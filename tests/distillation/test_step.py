@@ -37,9 +37,7 @@ def test_gradient_is_the_same_under_every_split(models, one_rank, two_ranks, pac
 def test_gradient_with_checkpointing_and_head_gathered_per_micro_batch(models, two_ranks):
     reference = reference_gradient(rows=ROWS, packed=True, **models)
     for options in ({"checkpointing": True}, {"gather_head_once": False}):
-        for result in two_ranks.run(
-            gradient_of_step, rows=ROWS, packed=True, micro_batch_size=2, **models, **options
-        ):
+        for result in two_ranks.run(gradient_of_step, rows=ROWS, packed=True, micro_batch_size=2, **models, **options):
             assert_same_gradient(result, reference)
 
 

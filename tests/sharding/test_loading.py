@@ -1,6 +1,7 @@
 """Checkpoints stream into shards: the right values, in the right place, without a whole copy on any rank."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_shards_in_several_files_and_without_prefix(teacher, two_ranks, tmp_path
     tensors = load_file(f"{teacher}/model.safetensors")
     folder = tmp_path / "split"
     folder.mkdir()
-    (folder / "config.json").write_text(open(f"{teacher}/config.json").read())
+    (folder / "config.json").write_text(Path(teacher, "config.json").read_text())
     bare = {name.removeprefix("model."): value for name, value in tensors.items()}
     halves = [dict(list(bare.items())[::2]), dict(list(bare.items())[1::2])]
     for index, half in enumerate(halves):
@@ -102,20 +103,21 @@ def test_folders_that_cannot_be_loaded(teacher, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
     with pytest.raises(ConfigError, match="not a file name in this folder"):
         tensor_files(tmp_path)
-    config = read_config(__import__("pathlib").Path(teacher), key="teacher.model", trust_remote_code=False)
+    config = read_config(Path(teacher), key="teacher.model", trust_remote_code=False)
     with pytest.raises(ConfigError, match=r"student\.teacher_layers = \[0, 4\]: the teacher has layers 0 to 3; 4 is"):
         config_with_layers(config, layers=[0, 4])
 
 
 def test_missing_and_misshapen_tensors_are_named(teacher, two_ranks, tmp_path):
     tensors = load_file(f"{teacher}/model.safetensors")
+    norm = "model.norm.weight"
     for name, change, message in (
-        ("missing", lambda t: {k: v for k, v in t.items() if k != "model.norm.weight"}, r"no tensor 'model\.norm\.weight'"),
-        ("shape", lambda t: t | {"model.norm.weight": torch.ones(7)}, r"model\.norm\.weight' has shape \(7,\)"),
+        ("missing", lambda t: {k: v for k, v in t.items() if k != norm}, rf"no tensor '{norm}'"),
+        ("shape", lambda t: t | {norm: torch.ones(7)}, rf"{norm}' has shape \(7,\)"),
     ):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "config.json").write_text(open(f"{teacher}/config.json").read())
+        (folder / "config.json").write_text(Path(teacher, "config.json").read_text())
         save_file(change(dict(tensors)), folder / "model.safetensors")
         with pytest.raises(AssertionError, match=message):
             two_ranks.run(loaded_weights, folder=str(folder))

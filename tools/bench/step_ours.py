@@ -1,0 +1,127 @@
+"""One contender's process: a rank of largekd's own step, both engines sharded by ZeRO-3 with the shipped placements."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from step_cell import LR, Cell, Clock, Job, serve, token_ids  # noqa: E402
+
+from largekd.config.objective import ForwardKLConfig, ObjectiveConfig  # noqa: E402
+from largekd.config.placement import read_placement  # noqa: E402
+from largekd.config.train import OptimConfig, TrainConfig  # noqa: E402
+from largekd.contracts import IGNORE_LABEL, Batch  # noqa: E402
+from largekd.distillation.model import DistillModel  # noqa: E402
+from largekd.distillation.step import step_scales, train_step  # noqa: E402
+from largekd.engine.ds_config import frozen_ds_config, train_ds_config  # noqa: E402
+from largekd.engine.frozen import FrozenEngine  # noqa: E402
+from largekd.engine.train import TrainEngine  # noqa: E402
+from largekd.models.build import build_model, load_pretrained  # noqa: E402
+from largekd.models.decoder import Decoder  # noqa: E402
+from largekd.models.source import read_config  # noqa: E402
+from largekd.monitoring.timers import Timers  # noqa: E402
+from largekd.objectives.terms import VocabularyTerm, build_terms, request_of  # noqa: E402
+from largekd.objectives.vocabulary import VocabularyPass  # noqa: E402
+from largekd.optim.groups import build_groups  # noqa: E402
+from largekd.sharding.accelerator import device  # noqa: E402
+from largekd.sharding.cluster import process_group  # noqa: E402
+from largekd.teachers.online import OnlineTeacher  # noqa: E402
+
+PLACEMENTS = {"teacher": "ds_configs/teacher_zero3.json", "student": "ds_configs/zero3.json"}
+COMPILED = "ours_compiled"
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Build both engines, run the steps, report."""
+    with process_group(timeout_s=600):
+        clock = Clock(job)
+        engine, teacher, terms = build_engines(job)
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        for step in range(job.steps):
+            clock.before_step(step)
+            batches = [make_batch(job.cell, step=step, rank=rank).to(device=device())]
+            scales = step_scales(batches, terms=terms, world_size=ranks, device=device())
+            result = train_step(
+                batches,
+                scales=scales,
+                engine=engine,
+                teacher=teacher,
+                request=request_of(terms),
+                lr=LR,
+                timers=Timers(),
+                measure=False,
+            )
+            clock.after_step(step)
+            clock.add_loss(float(result.sums.sum()) / float(batches[0].counted_T.numel()))
+        report = clock.report()
+        teacher.close()
+        engine.close()
+    return report
+
+
+def build_engines(job: Job, /) -> tuple[TrainEngine, OnlineTeacher, tuple[VocabularyTerm, ...]]:
+    """Both engines as the builder of a run makes them, from the cell instead of a recipe."""
+    cell, ranks = job.cell, dist.get_world_size()
+    train = TrainConfig(
+        global_batch_size=cell.micro_batch * ranks,
+        micro_batch_size=cell.micro_batch,
+        sequence_length=cell.positions,
+        precision=cell.dtype,
+        max_steps=job.steps,
+    )
+    optim = OptimConfig(lr=LR, schedule="constant")
+    placements = {name: read_placement(path, key=f"{name}.deepspeed") for name, path in PLACEMENTS.items()}
+    frozen = frozen_ds_config(placements["teacher"], train=train, world_size=ranks)
+    trained = train_ds_config(placements["student"], train=train, optim=optim, accumulation=1, world_size=ranks)
+    teacher = _decoder(Path(job.models) / "teacher", ds_config=frozen, precision=cell.dtype)
+    student = _decoder(Path(job.models) / "student", ds_config=trained, precision=cell.dtype)
+    objective = ObjectiveConfig(
+        alpha=1.0, divergences=(ForwardKLConfig(name="forward_kl"),), compile=job.contender == COMPILED
+    )
+    terms = build_terms(objective)
+    vocabulary = VocabularyPass(
+        terms=terms,
+        temperature=objective.temperature,
+        chunk_tokens=objective.chunk_tokens,
+        compile=objective.compile,
+    )
+    module = DistillModel(student=student, vocabulary=vocabulary)
+    frozen_engine = FrozenEngine(module=teacher, ds_config=frozen)
+    engine = TrainEngine(
+        module=module, groups=build_groups(module.named_trainables(), config=optim), ds_config=trained
+    )
+    return engine, OnlineTeacher(engine=frozen_engine, decoder=teacher, gather_head_once=True), terms
+
+
+def make_batch(cell: Cell, /, *, step: int, rank: int) -> Batch:
+    """Packed rows of one segment each, labels shifted."""
+    ids_BS = token_ids(cell, step=step, rank=rank)
+    labels_BS = ids_BS.roll(-1, dims=1)
+    labels_BS[:, -1] = IGNORE_LABEL
+    return Batch(
+        input_ids_BS=ids_BS,
+        labels_BS=labels_BS,
+        token_weight_BS=torch.ones(ids_BS.shape),
+        counted_T=(labels_BS != IGNORE_LABEL).flatten().nonzero().flatten(),
+        position_ids_BS=torch.arange(cell.positions).expand_as(ids_BS).contiguous(),
+    )
+
+
+def _decoder(folder: Path, *, ds_config: dict[str, Any], precision: str) -> Decoder:
+    model = build_model(
+        read_config(folder, key="model", trust_remote_code=False),
+        ds_config=ds_config,
+        precision=precision,
+        attention="sdpa",
+    )
+    load_pretrained(model, folder=folder, rank=dist.get_rank())
+    return Decoder(model=model)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    serve(run)
