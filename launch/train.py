@@ -1,6 +1,7 @@
 """Distil a student from a teacher, both sharded by DeepSpeed ZeRO-3."""
 
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING
 
@@ -33,9 +34,14 @@ def main(argv: list[str]) -> None:
         dry_run(config, world_size=world_size)
         return
 
+    from largekd.runtime.shutdown import end_with_launcher
+
+    end_with_launcher()
     from largekd.distillation.run import distill
 
-    distill(config)
+    if distill(config) is None:
+        # Stopped and saved: the launcher, which signals one rank after another, may yet signal this one.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def dry_run(config: "RunConfig", *, world_size: int) -> None:

@@ -176,12 +176,12 @@ def gradient_of_step(*, rows: int, packed: bool, micro_batch_size: int, seed: in
 
 
 def weights_after(
-    *, steps: int, rows: int, packed: bool, micro_batch_size: int, lr: float = 1e-2, **build: Any
+    *, steps: int, rows: int, packed: bool, micro_batch_size: int, lr: float = 1e-2, watch: bool = True, **build: Any
 ) -> dict[str, Any]:
-    """Losses of some steps on fresh rows each, and how far the weights moved in each step."""
+    """Losses of some steps on fresh rows each; with `watch` how far the weights moved in each step, and where to."""
     share = rows // dist.get_world_size()
     side = build_side(micro_batch_size=micro_batch_size, accumulation=share // micro_batch_size, lr=lr, **build)
-    losses, moved, before = [], [], whole_weights(side)
+    losses, moved, before = [], [], whole_weights(side) if watch else {}
     weights = torch.tensor([term.weight for term in side.terms], dtype=torch.float64)
     for step in range(steps):
         batches = own_micro_batches(rows=rows, packed=packed, micro_batch_size=micro_batch_size, seed=step)
@@ -189,9 +189,10 @@ def weights_after(
         sums = result.sums.double().clone()
         dist.all_reduce(sums)
         losses.append(float((weights * sums).sum() / scales.label_tokens))
-        now = whole_weights(side)
-        moved.append(max(float((now[name] - before[name]).abs().max()) for name in now))
-        before = now
+        if watch:
+            now = whole_weights(side)
+            moved.append(max(float((now[name] - before[name]).abs().max()) for name in now))
+            before = now
     side.close()
     return {"losses": losses, "moved": moved, "weights": before}
 

@@ -41,7 +41,7 @@ STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
 _SHARED_WAIT_S = 10.0
 # What torch.save says when the disk is full; it raises no OSError.
-_WRITER_FAILURES = ("PytorchStreamWriter", "iostream", "file write failed")
+_WRITER_FAILURES = ("PytorchStreamWriter", "inline_container", "iostream", "file write failed")
 
 logger = logging.getLogger(__name__)
 

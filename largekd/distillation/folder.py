@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.yaml"
 DONE_FILE = "DONE"
+CHECKPOINT_FOLDER = "checkpoints"
 _PACKAGES = ("largekd", "torch", "deepspeed", "transformers", "datasets", "numpy", "safetensors")
 # Longer or shorter runs of the same recipe are a wish, not a mistake; the learning-rate schedule follows the new end.
 _LENGTH = ("train.max_steps", "train.max_epochs")
@@ -81,7 +82,8 @@ def _move_aside(folder: Path) -> None:
 
 def _check_same_run(folder: Path, *, config: RunConfig) -> None:
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    # A start that got no further than a mistake in its configuration left nothing that could be mixed up.
+    if not path.is_file() or not any((folder / CHECKPOINT_FOLDER).glob("step_*")):
         return
     try:
         earlier = load_config(path)

@@ -18,11 +18,15 @@ from largekd.monitoring.meters import Meters
 from largekd.monitoring.monitor import Monitor
 from largekd.monitoring.timers import Timers
 from largekd.optim.schedule import learning_rate
+from largekd.runtime.ranks import all_agree
 from largekd.runtime.shutdown import StopSignal
 from largekd.runtime.watchdog import Watchdog
 from largekd.sharding.accelerator import on_cpu, peak_memory_bytes
 
 logger = logging.getLogger(__name__)
+
+# Micro-batches of an evaluation between two agreements on whether to go on.
+_AGREE_EVERY = 4
 
 
 @dataclass(frozen=True)
@@ -89,23 +93,29 @@ def run_steps(
             return False
 
 
-def evaluate_now(trainer: Trainer) -> dict[str, float]:
-    """The held-out figures of this moment. A collective call."""
+def evaluate_now(trainer: Trainer) -> dict[str, float] | None:
+    """The held-out figures of this moment; None when the ranks agreed to stop meanwhile. A collective call."""
     parts = trainer.parts
     assert parts.evaluation_batches is not None
+    stopped = False
 
-    def beating(batches: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in batches:
+    def until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
+        nonlocal stopped
+        for index, batch in enumerate(batches):
             trainer.watchdog.beat("evaluation")
+            if index % _AGREE_EVERY == 0 and not all_agree(not trainer.stop.requested):
+                stopped = True
+                return
             yield batch
 
-    return evaluate(
-        beating(parts.evaluation_batches()),
+    figures = evaluate(
+        until_stopped(parts.evaluation_batches()),
         engine=parts.engine,
         teacher=parts.teacher,
         n_terms=len(parts.terms),
         device=parts.device,
     )
+    return None if stopped else figures
 
 
 def _advance(progress: Progress, *, applied: bool, tokens: int, seconds: float) -> Progress:
@@ -143,7 +153,8 @@ def _report(trainer: Trainer, *, window: Window, progress: Progress, result: Ste
     every = config.eval.every_steps
     if parts.evaluation_batches is not None and every and step % every == 0 and step < progress.max_steps:
         figures = evaluate_now(trainer)
-        trainer.monitor.log_evaluation(step=step, values={f"eval/{key}": value for key, value in figures.items()})
+        if figures is not None:
+            trainer.monitor.log_evaluation(step=step, values={f"eval/{key}": value for key, value in figures.items()})
     if not trainer.monitor.is_log_step(step):
         return
     values = window.flush(timers=trainer.timers)

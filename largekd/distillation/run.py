@@ -11,7 +11,7 @@ from largekd.checkpoint.manifest import read_manifest
 from largekd.checkpoint.state import JsonOwner, RandomOwner, StateOwner, load_state, save_state
 from largekd.config.run import RunConfig
 from largekd.distillation.builder import Parts, build
-from largekd.distillation.folder import finished_summary, mark_done, open_folder
+from largekd.distillation.folder import CHECKPOINT_FOLDER, finished_summary, mark_done, open_folder
 from largekd.distillation.journal import Journal
 from largekd.distillation.loop import Trainer, evaluate_now, run_steps
 from largekd.distillation.output import export_student, write_summary
@@ -66,7 +66,7 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         stop = stack.enter_context(StopSignal())
         seed_everything(config.train.seed)
         store = CheckpointStore(
-            folder / "checkpoints",
+            folder / CHECKPOINT_FOLDER,
             ranks=ranks,
             keep=config.checkpoint.keep,
             group=new_control_group(timeout_s=timeout_s + 2 * _GRACE_S),
@@ -100,13 +100,13 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
             watchdog.beat(f"checkpoint at step {journal.progress.step}")
             save_state(store, step=journal.progress.step, owners=owners)
 
-        _assess(trainer, journal=journal, name="before")
+        if not _assess(trainer, journal=journal, name="before"):
+            return _stopped(journal, ranks=ranks)
         if not run_steps(trainer, steps=iter(parts.loader), journal=journal, save=save):
-            if ranks.is_main:
-                write_line(f"stopped and saved at step {journal.progress.step}; the same command goes on from there.")
-            return None
+            return _stopped(journal, ranks=ranks)
         save()
-        _assess(trainer, journal=journal, name="after")
+        if not _assess(trainer, journal=journal, name="after"):
+            return _stopped(journal, ranks=ranks)
         watchdog.beat("export")
         export_dir = export_student(parts, folder=folder)
         summary = write_summary(folder, journal=journal, export_dir=export_dir, config=config, ranks=ranks)
@@ -143,12 +143,23 @@ def _monitor(config: RunConfig, *, folder: Path, journal: Journal, ranks: Ranks)
     )
 
 
-def _assess(trainer: Trainer, *, journal: Journal, name: str) -> None:
-    """Evaluate and note the figures; `before` only once, whatever the number of starts."""
+def _stopped(journal: Journal, *, ranks: Ranks) -> None:
+    """Say how far the run came. Everything up to here is in a checkpoint, unless there was no step yet."""
+    if ranks.is_main:
+        step = journal.progress.step
+        done = f"stopped and saved at step {step}" if step else "stopped before the first step"
+        write_line(f"{done}; the same command goes on from there.")
+
+
+def _assess(trainer: Trainer, *, journal: Journal, name: str) -> bool:
+    """Evaluate and note the figures, `before` only once, whatever the number of starts; False: stopped meanwhile."""
     if trainer.parts.evaluation_batches is None or (name == "before" and name in journal.evaluations):
-        return
+        return True
     figures = evaluate_now(trainer)
+    if figures is None:
+        return False
     journal.evaluations[name] = figures
     trainer.monitor.log_evaluation(
         step=journal.progress.step, values={f"eval/{key}": value for key, value in figures.items()}
     )
+    return True

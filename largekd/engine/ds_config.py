@@ -20,18 +20,22 @@ def train_ds_config(
 ) -> dict[str, Any]:
     """The whole DeepSpeed configuration of the student."""
     merged = deepcopy(dict(placement)) | _owned(train=train, accumulation=accumulation, world_size=world_size)
-    merged["optimizer"] = {
-        "type": "AdamW",
-        "params": {
-            "lr": optim.lr,
-            "betas": list(optim.betas),
-            "eps": optim.eps,
-            "weight_decay": optim.weight_decay,
-            "torch_adam": optim.implementation == "torch",
-        },
-    }
+    merged["optimizer"] = {"type": "AdamW", "params": _adamw(optim)}
     merged["zero_force_ds_cpu_optimizer"] = optim.implementation == "deepspeed"
     return merged
+
+
+def _adamw(optim: OptimConfig) -> dict[str, Any]:
+    parameters: dict[str, Any] = {
+        "lr": optim.lr,
+        "betas": list(optim.betas),
+        "eps": optim.eps,
+        "weight_decay": optim.weight_decay,
+    }
+    if optim.implementation == "torch":
+        # The fused form updates in one sweep; torch's other forms need as many temporaries as there are weights.
+        parameters |= {"torch_adam": True, "fused": True}
+    return parameters
 
 
 def _owned(*, train: TrainConfig, accumulation: int, world_size: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ V student vocabulary, W shared ids, D student width, K terms, H health figures.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from largekd.contracts import HEALTH_NAMES, Batch, HiddenSignal
 from largekd.objectives.compiled import RowFunction
 from largekd.objectives.rows import RowBlock, RowPlan
+from largekd.objectives.workers import map_spans
 
 CPU_BLOCK_ELEMENTS = 2**17
 """Elements of a float32 block on a CPU: the few that are alive at once should stay in its caches."""
@@ -72,33 +74,53 @@ class Sweep:
         chunk = _Chunk.allocate(self, student=student)
         values_TK = inputs.factor_TK.new_empty(self.tokens, len(self.plan.terms))
         health_TH = values_TK.new_empty(self.tokens if self.plan.measure else 0, len(HEALTH_NAMES))
+        block = self.block_rows(student.hidden_ND.device)
         for start in range(0, self.tokens, self.chunk_tokens):
             positions_C = counted_T[start : start + self.chunk_tokens]
             hidden_CD = student.hidden_ND[positions_C].to(student.weight_VD.dtype)
             chunk.project(hidden_CD, weight_VD=student.weight_VD, positions_C=positions_C, signal=self.signal)
-            for rows in _blocks(positions_C.numel(), self.block_rows(student.hidden_ND.device)):
-                span = slice(start + rows.start, start + rows.stop)
-                result = self.rows(chunk.block(rows, inputs=inputs, span=span), plan=self.plan)
-                values_TK[span] = result.values_RK
-                if result.health_RH is not None:
-                    health_TH[span] = result.health_RH
-                if result.gradient_RV is not None:
-                    chunk.student_CV[rows] = result.gradient_RV
-                    if gradients.bias_V is not None:
-                        gradients.bias_V[: self.plan.student.vocab_size] += result.gradient_RV.sum(0)
+            evaluate = partial(self._evaluate, chunk=chunk, start=start, inputs=inputs, outputs=(values_TK, health_TH))
+            bias_parts = map_spans(evaluate, size=positions_C.numel(), block=block, device=student.hidden_ND.device)
+            if gradients.bias_V is not None:
+                for part_V in bias_parts:
+                    gradients.bias_V[: self.plan.student.vocab_size] += part_V
             if self.plan.gradient:
                 gradient_CV = chunk.student_CV[: positions_C.numel()]
                 _accumulate(gradients, gradient_CV, student=student, hidden_CD=hidden_CD, positions_C=positions_C)
         return (values_TK * inputs.weight_T[:, None]).sum(0), health_TH.sum(0)
 
-    def block_rows(self, device: torch.device, /) -> int:
-        """Rows per block: a cache's worth on a CPU, a kernel's worth on an accelerator.
+    def _evaluate(
+        self,
+        span: slice,
+        /,
+        *,
+        chunk: "_Chunk",
+        start: int,
+        inputs: "_TokenInputs",
+        outputs: tuple[Tensor, Tensor],
+    ) -> Tensor | None:
+        """Evaluate rows `span` of a chunk that begins at token `start`; the gradient's sum over rows if it is wanted.
 
-        A compiled row function is parallel over rows only, while eager operations split a row.
+        Writes values and health to `outputs` and the gradient over the student's projections.
         """
-        on_cpu = device.type == "cpu"
-        least = torch.get_num_threads() if on_cpu and self.rows.compiles else 1
-        return max(least, (CPU_BLOCK_ELEMENTS if on_cpu else DEVICE_BLOCK_ELEMENTS) // self.plan.student.vocab_size)
+        bias_gradient_V = None
+        for rows in _blocks(span, self.block_rows(chunk.student_CV.device)):
+            tokens = slice(start + rows.start, start + rows.stop)
+            result = self.rows(chunk.block(rows, inputs=inputs, span=tokens), plan=self.plan)
+            outputs[0][tokens] = result.values_RK
+            if result.health_RH is not None:
+                outputs[1][tokens] = result.health_RH
+            if result.gradient_RV is not None:
+                chunk.student_CV[rows] = result.gradient_RV
+                if chunk.student_bias_V is not None:
+                    part_V = result.gradient_RV.sum(0)
+                    bias_gradient_V = part_V if bias_gradient_V is None else bias_gradient_V.add_(part_V)
+        return bias_gradient_V
+
+    def block_rows(self, device: torch.device, /) -> int:
+        """Rows per block: a cache's worth on a CPU, a kernel's worth on an accelerator."""
+        elements = CPU_BLOCK_ELEMENTS if device.type == "cpu" else DEVICE_BLOCK_ELEMENTS
+        return max(1, elements // self.plan.student.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -184,8 +206,8 @@ def _block_dtype(tensor: Tensor, /) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _blocks(size: int, rows: int, /) -> Iterator[slice]:
+def _blocks(span: slice, rows: int, /) -> Iterator[slice]:
     """Full blocks, then single rows: a compiled row function meets two shapes at most."""
-    full = size - size % rows
-    yield from (slice(start, start + rows) for start in range(0, full, rows))
-    yield from (slice(row, row + 1) for row in range(full, size))
+    full = span.stop - (span.stop - span.start) % rows
+    yield from (slice(start, start + rows) for start in range(span.start, full, rows))
+    yield from (slice(row, row + 1) for row in range(full, span.stop))

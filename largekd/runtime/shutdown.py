@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import PurePath
@@ -99,6 +100,25 @@ class StopSignal:
                 if not process_lives(process):
                     self.request(reason=f"the launcher (pid {process.pid}) is gone")
                     return
+
+
+def end_with_launcher(*, poll_s: float = 1.0) -> None:
+    """From now on this process gets SIGTERM when its launcher, or the command that started the launcher, is gone.
+
+    To be called first of all: a launcher that dies while the rank still imports would otherwise never be missed.
+    Without a launcher nothing is watched.
+    """
+    ancestors = launcher_ancestors(psutil.Process())
+    if not ancestors:
+        return
+    _replace_death_signal(signal.SIGTERM)
+
+    def watch() -> None:
+        while all(process_lives(process) for process in ancestors):
+            time.sleep(poll_s)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="largekd-launcher-tie", daemon=True).start()
 
 
 def launcher_ancestors(process: psutil.Process) -> list[psutil.Process]:

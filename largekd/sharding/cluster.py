@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from largekd.errors import ConfigError
 from largekd.runtime.build_lock import require_buildable_ops
 from largekd.sharding.accelerator import use_prebuilt_ops
 
@@ -20,6 +21,7 @@ def process_group(*, timeout_s: int) -> Iterator[None]:
     """Join the process group that the launcher describes, or make one of a single rank; leave it at the end.
 
     `timeout_s` bounds every collective. A group that the caller made himself is used and left alone.
+    Errors: ConfigError for an op that cannot be built and for a master port that is busy or out of reach.
     """
     if dist.is_initialized():
         yield
@@ -35,12 +37,26 @@ def process_group(*, timeout_s: int) -> Iterator[None]:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     # DeepSpeed calls collectives by names that torch is about to drop; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+    try:
+        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
+    except dist.DistNetworkError as error:
+        raise _unreachable(error) from error
     try:
         yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _unreachable(error: dist.DistNetworkError) -> ConfigError:
+    """What to do when the ranks cannot meet: on rank 0 mostly a port that somebody else holds."""
+    address, port, rank = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    reason = str(error).strip().splitlines()[0]
+    if rank == "0":
+        hint = "If another job holds the port, choose a free one: `deepspeed --master_port N ...` (or MASTER_PORT=N)."
+    else:
+        hint = "Check that rank 0 runs there, and that no firewall stands between."
+    return ConfigError(f"rank {rank} cannot join the process group at {address}:{port} ({reason}). {hint}")
 
 
 def _describe_single_rank() -> None:

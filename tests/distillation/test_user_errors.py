@@ -61,6 +61,14 @@ def test_batch_that_does_not_divide(tiny_assets, two_ranks, tmp_path):
     refused(two_ranks, tree, r"ConfigError: train\.global_batch_size = 6.*2 ranks x .*micro_batch_size = 2")
 
 
+def test_a_corrected_mistake_is_no_other_run(tiny_assets, one_rank, tmp_path):
+    tree = settings(tiny_assets, tmp_path / "run", train__max_steps=1, optim__warmup_steps=0, data__eval=None)
+    tree["train"]["sequence_length"] = 1024
+    refused(one_rank, tree, "sequence_length")
+    tree["train"]["sequence_length"] = 32
+    assert one_rank.run(distil, tree=tree)[0]["steps"] == 1
+
+
 def test_placement_that_sets_an_owned_key(tiny_assets, one_rank, tmp_path):
     placement = tmp_path / "placement.json"
     placement.write_text(json.dumps({"zero_optimization": {"stage": 3}, "gradient_clipping": 1.0}))

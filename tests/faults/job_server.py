@@ -2,13 +2,16 @@
 
 Reads one JSON object per line: {"argv": [...], "environment": {...}, "output": path} -> {"pid": number}, and
 {"wait": pid, "timeout_s": number} -> {"status": exit status, negative for a signal, null while it runs}.
-A rank is `launch/train.py` with that command line; its stdout and stderr go to the file. Ranks die with the server.
+A rank is `launch/train.py` with that command line; its stdout and stderr go to the file.
+TEST_FILE_LIMIT_BYTES in its environment is the largest file it can write. Ranks die with the server.
 """
 
 import ctypes
+import faulthandler
 import importlib
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch/train.py"
+LIMIT = "TEST_FILE_LIMIT_BYTES"
 _PR_SET_PDEATHSIG = 1
 _PRELOADED = (
     "deepspeed",
@@ -42,10 +46,13 @@ def start(*, argv: list[str], environment: dict[str, str], output: str) -> int:
         return pid
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     os.environ.update(environment)
+    if limit := environment.get(LIMIT):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
     target = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
     sys.argv = [str(TRAIN), *argv]
     import cli
     import train

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ SERVER = Path(__file__).with_name("job_server.py")
 
 
 class JobServer:
-    """Starts jobs through job_server.py. One at a time per server thread of the test: requests are answered in order."""
+    """Starts jobs through job_server.py; requests are answered one after another."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -34,9 +35,13 @@ class JobServer:
         ranks: int = 2,
         overrides: Sequence[str] = (),
         port: int | None = None,
+        of_rank: Mapping[int, Mapping[str, str]] | None = None,
         **environment: str,
     ) -> "Job":
-        """`launch/train.py` on `ranks` ranks with the configuration `tree`; recipe and output go to `folder`."""
+        """`launch/train.py` on `ranks` ranks with the configuration `tree`; recipe and output go to `folder`.
+
+        `environment` is every rank's, `of_rank` what one rank has besides.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         recipe = write_recipe(folder / "recipe.yaml", tree)
         place = {
@@ -48,7 +53,7 @@ class JobServer:
         started = []
         for rank in range(ranks):
             output = folder / f"output-{rank}-{time.monotonic_ns()}.txt"
-            own = place | {"RANK": rank, "LOCAL_RANK": rank} | environment
+            own = place | {"RANK": rank, "LOCAL_RANK": rank} | environment | dict((of_rank or {}).get(rank, {}))
             pid = self._ask(
                 argv=["--config", str(recipe), *overrides],
                 environment={name: str(value) for name, value in own.items()},
@@ -100,11 +105,16 @@ class Job:
     ranks: tuple[JobRank, ...]
 
     def wait(self, *, timeout_s: float = 90.0) -> list[int | None]:
-        """Exit statuses; None for a rank that did not end within `timeout_s` and was killed."""
+        """Exit statuses; None for a rank that did not end within `timeout_s`: it prints its stacks and is killed."""
         deadline_s = time.monotonic() + timeout_s
         statuses = [
             self.server.wait(rank.pid, timeout_s=max(0.0, deadline_s - time.monotonic())) for rank in self.ranks
         ]
+        late = [rank for rank, status in zip(self.ranks, statuses, strict=True) if status is None]
+        for rank in late:
+            os.kill(rank.pid, signal.SIGUSR2)
+        if late:
+            time.sleep(1)
         self.kill()
         return statuses
 
@@ -113,7 +123,7 @@ class Job:
         for rank in self.ranks:
             if self.server.wait(rank.pid, timeout_s=0) is None:
                 with suppress(ProcessLookupError):
-                    os.kill(rank.pid, 9)
+                    os.kill(rank.pid, signal.SIGKILL)
         for rank in self.ranks:
             self.server.wait(rank.pid, timeout_s=10)
 

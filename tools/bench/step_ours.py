@@ -7,29 +7,29 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from step_cell import LR, Cell, Clock, Job, serve, token_ids  # noqa: E402
+import torch
+import torch.distributed as dist
+from step_cell import LR, Cell, Clock, Job, serve, token_ids
 
-from largekd.config.objective import ForwardKLConfig, ObjectiveConfig  # noqa: E402
-from largekd.config.placement import read_placement  # noqa: E402
-from largekd.config.train import OptimConfig, TrainConfig  # noqa: E402
-from largekd.contracts import IGNORE_LABEL, Batch  # noqa: E402
-from largekd.distillation.model import DistillModel  # noqa: E402
-from largekd.distillation.step import step_scales, train_step  # noqa: E402
-from largekd.engine.ds_config import frozen_ds_config, train_ds_config  # noqa: E402
-from largekd.engine.frozen import FrozenEngine  # noqa: E402
-from largekd.engine.train import TrainEngine  # noqa: E402
-from largekd.models.build import build_model, load_pretrained  # noqa: E402
-from largekd.models.decoder import Decoder  # noqa: E402
-from largekd.models.source import read_config  # noqa: E402
-from largekd.monitoring.timers import Timers  # noqa: E402
-from largekd.objectives.terms import VocabularyTerm, build_terms, request_of  # noqa: E402
-from largekd.objectives.vocabulary import VocabularyPass  # noqa: E402
-from largekd.optim.groups import build_groups  # noqa: E402
-from largekd.sharding.accelerator import device  # noqa: E402
-from largekd.sharding.cluster import process_group  # noqa: E402
-from largekd.teachers.online import OnlineTeacher  # noqa: E402
+from largekd.config.objective import ForwardKLConfig, ObjectiveConfig
+from largekd.config.placement import read_placement
+from largekd.config.train import OptimConfig, TrainConfig
+from largekd.contracts import IGNORE_LABEL, Batch
+from largekd.distillation.model import DistillModel
+from largekd.distillation.step import step_scales, train_step
+from largekd.engine.ds_config import frozen_ds_config, train_ds_config
+from largekd.engine.frozen import FrozenEngine
+from largekd.engine.train import TrainEngine
+from largekd.models.build import build_model, load_pretrained
+from largekd.models.decoder import Decoder
+from largekd.models.source import read_config
+from largekd.monitoring.timers import Timers
+from largekd.objectives.terms import VocabularyTerm, build_terms, request_of
+from largekd.objectives.vocabulary import VocabularyPass
+from largekd.optim.groups import build_groups
+from largekd.sharding.accelerator import device
+from largekd.sharding.cluster import process_group
+from largekd.teachers.online import OnlineTeacher
 
 PLACEMENTS = {"teacher": "ds_configs/teacher_zero3.json", "student": "ds_configs/zero3.json"}
 COMPILED = "ours_compiled"
@@ -91,9 +91,7 @@ def build_engines(job: Job, /) -> tuple[TrainEngine, OnlineTeacher, tuple[Vocabu
     )
     module = DistillModel(student=student, vocabulary=vocabulary)
     frozen_engine = FrozenEngine(module=teacher, ds_config=frozen)
-    engine = TrainEngine(
-        module=module, groups=build_groups(module.named_trainables(), config=optim), ds_config=trained
-    )
+    engine = TrainEngine(module=module, groups=build_groups(module.named_trainables(), config=optim), ds_config=trained)
     return engine, OnlineTeacher(engine=frozen_engine, decoder=teacher, gather_head_once=True), terms
 
 

@@ -1,6 +1,6 @@
 """One contender's process: TRL's GKDTrainer, off-policy (lmbda 0), forward KL (beta 0), as its own train() runs it.
 
-Started by step.py with TRL's interpreter. No DeepSpeed, no recomputation, no logging to disk: all of it in TRL's favour.
+Started by step.py with TRL's interpreter. No DeepSpeed, no recomputation, nothing written to disk: all in TRL's favour.
 """
 
 import os
@@ -9,17 +9,17 @@ from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
-import torch  # noqa: E402
-from datasets import Dataset  # noqa: E402
-from step_cell import LR, Cell, Clock, Job, serve, token_ids  # noqa: E402
-from tokenizers import Tokenizer, models  # noqa: E402
-from transformers import (  # noqa: E402
+import torch
+from datasets import Dataset
+from step_cell import LR, Cell, Clock, Job, serve, token_ids
+from tokenizers import Tokenizer, models
+from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
-from trl.experimental.gkd import GKDConfig, GKDTrainer  # noqa: E402
-from vocab_cell import DTYPES  # noqa: E402
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from vocab_cell import DTYPES
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -83,7 +83,9 @@ def _load(folder: str, *, dtype: torch.dtype) -> Any:
 
 
 def _dataset(cell: Cell, *, steps: int) -> Dataset:
-    return Dataset.from_dict({"input_ids": [row for step in range(steps) for row in token_ids(cell, step=step).tolist()]})
+    return Dataset.from_dict(
+        {"input_ids": [row for step in range(steps) for row in token_ids(cell, step=step).tolist()]}
+    )
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
