@@ -4,10 +4,11 @@
 class LargeKDError(Exception):
     """Base of every error that is the user's to mend; a launcher prints its message alone and exits with status 2.
 
-    Rank 0 prints it; `only_here` is set on another rank whose error rank 0 does not share, so that it speaks too.
+    Rank 0 prints it. `only_here` tells another rank whether to speak too: True when rank 0 does not share the error,
+    False when it does, None while that is unknown (before the ranks have met): then one rank of each node speaks.
     """
 
-    only_here = False
+    only_here: bool | None = None
 
 
 class ConfigError(LargeKDError):

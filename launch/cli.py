@@ -49,13 +49,17 @@ def exit_status(run: Callable[[], None]) -> int:
     try:
         run()
     except LargeKDError as error:
-        return _refuse(str(error), always=error.only_here)
+        from largekd.runtime.logging import redact
+
+        return _refuse(redact(str(error)), only_here=error.only_here)
     return 0
 
 
-def _refuse(message: str, *, always: bool = False) -> int:
+def _refuse(message: str, *, only_here: bool | None = None) -> int:
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or always:
-        who = "" if rank == "0" else f" (rank {rank} alone)"
+    if only_here is None:
+        only_here = os.environ.get("LOCAL_RANK") == "0"
+    if rank == "0" or only_here:
+        who = "" if rank == "0" else f" (rank {rank})"
         sys.stderr.write(f"{Path(sys.argv[0]).name}{who}: {message}\n")
     return USER_ERROR

@@ -55,7 +55,7 @@ else
 fi
 
 # One process is enough to tell what a finished run has found.
-if [ -e "$run_dir/DONE" ] && [[ " ${overrides[*]-} " != *" run.fresh=true "* ]]; then
+if [ -e "$run_dir/DONE" ] && [[ " ${overrides[*]-} " != *" run.fresh="* && " ${overrides[*]-} " != *" train.max_"* ]]; then
     launcher=(python)
 fi
 

@@ -27,6 +27,10 @@ def main(argv: list[str]) -> None:
     if world_size < 1:
         parser.error(f"--world-size {world_size}: must be at least 1")
 
+    if not given.dry_run:
+        from largekd.runtime.shutdown import end_with_launcher
+
+        end_with_launcher()
     from largekd.config.load import load_config
 
     config = load_config(given.config, overrides=given.overrides)
@@ -34,9 +38,6 @@ def main(argv: list[str]) -> None:
         dry_run(config, world_size=world_size)
         return
 
-    from largekd.runtime.shutdown import end_with_launcher
-
-    end_with_launcher()
     from largekd.distillation.run import distill
 
     if distill(config) is None:

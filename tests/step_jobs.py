@@ -115,10 +115,12 @@ def build_side(
     )
 
 
-def own_micro_batches(*, rows: int, packed: bool, micro_batch_size: int, seed: int = 0) -> list[Batch]:
-    """This rank's contiguous block of the step's rows."""
+def own_micro_batches(*, rows: int, packed: bool, micro_batch_size: int, seed: int = 0, every: int = 1) -> list[Batch]:
+    """This rank's contiguous block of the step's rows; with `every` 4 those without a counted token alone."""
     share = rows // dist.get_world_size()
-    own = make_rows(count=rows, packed=packed, seed=seed)[dist.get_rank() * share : (dist.get_rank() + 1) * share]
+    own = make_rows(count=rows * every, packed=packed, seed=seed)[::every][
+        dist.get_rank() * share : (dist.get_rank() + 1) * share
+    ]
     return [join_rows(own[start : start + micro_batch_size]) for start in range(0, share, micro_batch_size)]
 
 
@@ -145,13 +147,15 @@ def whole_weights(side: Side) -> dict[str, torch.Tensor]:
     return weights
 
 
-def gradient_of_step(*, rows: int, packed: bool, micro_batch_size: int, seed: int = 0, **build: Any) -> dict[str, Any]:
+def gradient_of_step(
+    *, rows: int, packed: bool, micro_batch_size: int, seed: int = 0, every: int = 1, **build: Any
+) -> dict[str, Any]:
     """The gradient of one step, as a plain SGD-free reading of what DeepSpeed holds before its update."""
     from deepspeed.utils import safe_get_full_grad
 
     share = rows // dist.get_world_size()
     side = build_side(micro_batch_size=micro_batch_size, accumulation=share // micro_batch_size, **build)
-    batches = own_micro_batches(rows=rows, packed=packed, micro_batch_size=micro_batch_size, seed=seed)
+    batches = own_micro_batches(rows=rows, packed=packed, micro_batch_size=micro_batch_size, seed=seed, every=every)
     gradients: dict[str, torch.Tensor] = {}
     step = side.engine.step
 

@@ -68,6 +68,18 @@ class RandomOwner:
         load_random_state(folder, rank=self._rank)
 
 
+class _WrittenTogether(Together):
+    """Together, with a failed write explained on its own rank: only there is its class known."""
+
+    def __init__(self, *, store: CheckpointStore, step: int) -> None:
+        super().__init__(group=store.group)
+        self._store = store
+        self._step = step
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        super().__exit__(kind, None if error is None else self._store.explain(error, step=self._step), trace)
+
+
 def save_state(store: CheckpointStore, *, step: int, owners: Mapping[str, StateOwner]) -> Path:
     """Commit a checkpoint with one folder per owner and return its path; a step that is saved already is left alone.
 
@@ -81,7 +93,7 @@ def save_state(store: CheckpointStore, *, step: int, owners: Mapping[str, StateO
         fault_point("save:before_shard", rank=store.ranks.rank, step=step)
         for position, (name, owner) in enumerate(owners.items()):
             # The next owner may hold a collective, in which a rank that failed here would be missing.
-            with Together(group=store.group):
+            with _WrittenTogether(store=store, step=step):
                 (folder / name).mkdir(exist_ok=True)
                 owner.save(folder / name)
                 if position == 0:

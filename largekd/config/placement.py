@@ -37,6 +37,11 @@ def read_placements(config: RunConfig) -> Placements:
     teacher = read_placement(config.teacher.deepspeed, key="teacher.deepspeed")
     student = read_placement(config.student.deepspeed, key="student.deepspeed")
     _check_resumable(config, student=student)
+    if teacher["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+        raise ConfigError(
+            f"teacher.deepspeed = {config.teacher.deepspeed!r} sets zero_optimization.zero_hpz_partition_size: "
+            "DeepSpeed cannot build an engine without an optimizer with it. Take the key out of that file."
+        )
     run = Path(config.run.dir).expanduser().absolute()
     own = f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
     return Placements(

@@ -10,7 +10,16 @@ from largekd.config.problems import shown
 from largekd.config.run import RunConfig
 
 # What a run may change when it is resumed: none of it alters the rows, the model or the optimizer's path.
-MAY_DIFFER = ("run", "log", "checkpoint", "eval", "export", "train.collective_timeout_s")
+MAY_DIFFER = (
+    "run",
+    "log",
+    "checkpoint",
+    "eval",
+    "export",
+    "train.collective_timeout_s",
+    "data.num_proc",
+    "teacher.gather_head",
+)
 
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _ABSENT = object()

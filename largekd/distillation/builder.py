@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from datasets import disable_progress_bars
 
 from largekd.config.checks import check_world
 from largekd.config.data import SourceConfig
-from largekd.config.placement import read_placements
+from largekd.config.placement import offload_device, read_placements
 from largekd.config.run import RunConfig
 from largekd.contracts import Batch, SignalRequest
 from largekd.data.loader import RowLoader, RowSettings, evaluation_batches
@@ -27,7 +28,7 @@ from largekd.objectives.terms import VocabularyTerm, build_terms, request_of
 from largekd.objectives.vocabulary import VocabularyPass
 from largekd.optim.groups import build_groups, describe_groups
 from largekd.runtime.files import write_json
-from largekd.runtime.ranks import MainFirst, Ranks
+from largekd.runtime.ranks import MainFirst, Ranks, Together, require_same
 from largekd.sharding.accelerator import device
 from largekd.teachers.online import OnlineTeacher
 from largekd.teachers.protocol import Teacher
@@ -53,6 +54,7 @@ class Parts:
     watch: GradientWatch
     loader: RowLoader
     evaluation_batches: Callable[[], Iterator[Batch]] | None
+    resumable: bool
 
     def close(self) -> None:
         """Take both engines down."""
@@ -60,8 +62,8 @@ class Parts:
         self.engine.close()
 
 
-def build(config: RunConfig, *, ranks: Ranks, folder: Path) -> Parts:
-    """Build a run's parts, cheapest checks first. A collective call.
+def build(config: RunConfig, *, ranks: Ranks, folder: Path, control: dist.ProcessGroup | None = None) -> Parts:
+    """Build a run's parts, cheapest checks first. A collective call; `control` is for agreements that may take long.
 
     Errors: any LargeKDError; the message names the key to change.
     """
@@ -70,7 +72,7 @@ def build(config: RunConfig, *, ranks: Ranks, folder: Path) -> Parts:
     terms = build_terms(config.objective)
 
     def first() -> MainFirst:
-        return MainFirst(ranks=ranks)
+        return MainFirst(ranks=ranks, group=control)
 
     sources = find_sources(config, first=first)
     loader, batches = _build_data(config, sources=sources, ranks=ranks, folder=folder, first=first)
@@ -93,8 +95,9 @@ def build(config: RunConfig, *, ranks: Ranks, folder: Path) -> Parts:
         world_size=ranks.world_size,
     )
     student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
-    if ranks.is_main:
-        write_json(folder / "deepspeed.json", value={"teacher": frozen, "student": trained})
+    with Together():
+        if ranks.is_main:
+            write_json(folder / "deepspeed.json", value={"teacher": frozen, "student": trained})
     return Parts(
         config=config,
         ranks=ranks,
@@ -108,6 +111,8 @@ def build(config: RunConfig, *, ranks: Ranks, folder: Path) -> Parts:
         watch=GradientWatch(student=student, embedding=student.model.get_input_embeddings()),
         loader=loader,
         evaluation_batches=batches,
+        # Restored by DeepSpeed without learning rate and moments, and without an error.
+        resumable=offload_device(placements.student, "offload_optimizer") != "nvme",
     )
 
 
@@ -147,8 +152,11 @@ def _build_data(
         disable_progress_bars()
     training = load(data.train, "data.train")
     held_out = load(data.eval, "data.eval") if data.eval is not None else None
-    if ranks.is_main:
-        _report_data(folder, training=training, held_out=held_out)
+    with Together():
+        if ranks.is_main:
+            _report_data(folder, training=training, held_out=held_out)
+    for key, loaded in (("data.train", training), ("data.eval", held_out)):
+        require_same(loaded.samples.fingerprint if loaded else "", what="data set", key=key)
     loader = RowLoader(
         training.samples,
         settings=RowSettings(
@@ -195,7 +203,7 @@ def _report_data(folder: Path, *, training: LoadedSamples, held_out: LoadedSampl
         bad = loaded.quarantine.as_rows()
         rows += bad
         logger.info(
-            "%s: %s samples, %s label tokens, %d records set aside, %d conversations cut",
+            "%s: %s samples, %s tokens, %d records set aside, %d conversations cut",
             name,
             f"{len(loaded.samples):,}",
             f"{loaded.samples.tokens:,}",

@@ -30,33 +30,44 @@ _PACKAGES = ("largekd", "torch", "deepspeed", "transformers", "datasets", "numpy
 _LENGTH = ("train.max_steps", "train.max_epochs")
 
 
-def open_folder(folder: Path, *, config: RunConfig, ranks: Ranks) -> None:
-    """Make the folder this run's: move an earlier run aside if asked, else check that it is the same run.
+def open_folder(folder: Path, *, config: RunConfig, ranks: Ranks) -> dict[str, Any] | None:
+    """Make the folder this run's; the summary when it holds the finished run already, else None. A collective call.
 
-    Errors: ConfigError naming every key that differs from the run that the folder holds.
+    An earlier run is moved aside if `run.fresh` asks for it; otherwise it must be the same run. A finished run is only
+    looked at; one that goes on loses its marker first, so that nobody takes it for a whole one.
+    Errors: ConfigError naming every key that differs from the run that the folder holds, or what cannot be written.
     """
     error: Exception | None = None
+    summary = None
     if ranks.is_main:
         try:
-            if config.run.fresh:
-                _move_aside(folder)
-            _check_same_run(folder, config=config)
-            atomic_write(folder / CONFIG_FILE, data=render_config(config).encode())
-            write_json(folder / "environment.json", value=_environment(ranks))
-            write_json(folder / "plan.json", value=plan_record(config, world_size=ranks.world_size))
-        except (LargeKDError, OSError) as raised:
+            summary = _open(folder, config=config, ranks=ranks)
+        except LargeKDError as raised:
             error = raised
+        except OSError as raised:
+            error = ConfigError(f"run.dir={folder}: cannot be written ({raised}); choose another run.dir.")
     raise_together(error)
-
-
-def finished_summary(folder: Path, *, config: RunConfig, ranks: Ranks) -> dict[str, Any] | None:
-    """The summary of the run if it is done; None when there is something left to do."""
-    summary = None
-    if ranks.is_main and (folder / DONE_FILE).is_file() and (folder / SUMMARY_FILE).is_file():
-        done = read_json(folder / DONE_FILE)
-        if done["length"] == _length(config):
-            summary = read_json(folder / SUMMARY_FILE)
     return broadcast_object(summary)
+
+
+def _open(folder: Path, *, config: RunConfig, ranks: Ranks) -> dict[str, Any] | None:
+    if config.run.fresh:
+        _move_aside(folder)
+    _check_same_run(folder, config=config)
+    summary = _finished(folder, config=config)
+    if summary is None:
+        for name in (DONE_FILE, SUMMARY_FILE):
+            (folder / name).unlink(missing_ok=True)
+        atomic_write(folder / CONFIG_FILE, data=render_config(config).encode())
+        write_json(folder / "environment.json", value=_environment(ranks))
+        write_json(folder / "plan.json", value=plan_record(config, world_size=ranks.world_size))
+    return summary
+
+
+def _finished(folder: Path, *, config: RunConfig) -> dict[str, Any] | None:
+    if not (folder / DONE_FILE).is_file() or not (folder / SUMMARY_FILE).is_file():
+        return None
+    return read_json(folder / SUMMARY_FILE) if read_json(folder / DONE_FILE)["length"] == _length(config) else None
 
 
 def mark_done(folder: Path, *, step: int, config: RunConfig, ranks: Ranks) -> None:
@@ -83,7 +94,8 @@ def _move_aside(folder: Path) -> None:
 def _check_same_run(folder: Path, *, config: RunConfig) -> None:
     path = folder / CONFIG_FILE
     # A start that got no further than a mistake in its configuration left nothing that could be mixed up.
-    if not path.is_file() or not any((folder / CHECKPOINT_FOLDER).glob("step_*")):
+    has_results = (folder / DONE_FILE).exists() or any((folder / CHECKPOINT_FOLDER).glob("step_*"))
+    if not path.is_file() or not has_results:
         return
     try:
         earlier = load_config(path)

@@ -1,7 +1,8 @@
 """One run from its configuration to its exported student: the whole pipeline, in order."""
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 from largekd.checkpoint.commit import CheckpointStore
 from largekd.checkpoint.manifest import read_manifest
 from largekd.checkpoint.state import JsonOwner, RandomOwner, StateOwner, load_state, save_state
+from largekd.config.render import render_config
 from largekd.config.run import RunConfig
 from largekd.distillation.builder import Parts, build
-from largekd.distillation.folder import CHECKPOINT_FOLDER, finished_summary, mark_done, open_folder
+from largekd.distillation.folder import CHECKPOINT_FOLDER, mark_done, open_folder
 from largekd.distillation.journal import Journal
 from largekd.distillation.loop import Trainer, evaluate_now, run_steps
 from largekd.distillation.output import export_student, write_summary
@@ -22,7 +24,14 @@ from largekd.monitoring.summary import render_summary
 from largekd.monitoring.timers import Timers, event_factory
 from largekd.runtime.lock import run_lock
 from largekd.runtime.logging import configure_logging, write_line
-from largekd.runtime.ranks import Ranks, current_ranks, main_failed_too, new_control_group
+from largekd.runtime.ranks import (
+    Ranks,
+    current_ranks,
+    forget_failure,
+    main_failed_too,
+    new_control_group,
+    require_same,
+)
 from largekd.runtime.seeds import seed_everything
 from largekd.runtime.shutdown import StopSignal
 from largekd.runtime.watchdog import Watchdog
@@ -32,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 # The watchdog must speak before the process group gives up, or the stacks of the others are lost.
 _GRACE_S = 30
+_DAY_S = 86_400
+# How many times the time-out a save or an export may take.
+_SLOW = 10
 
 
 def distill(config: RunConfig) -> dict[str, Any] | None:
@@ -44,10 +56,11 @@ def distill(config: RunConfig) -> dict[str, Any] | None:
         ranks = current_ranks()
         configure_logging(level=config.log.level, rank=ranks.rank)
         folder = Path(config.run.dir).expanduser().absolute()
+        forget_failure(ranks=ranks)
         try:
             with run_lock(folder, ranks=ranks):
-                open_folder(folder, config=config, ranks=ranks)
-                summary = finished_summary(folder, config=config, ranks=ranks)
+                require_same(render_config(config), what="configuration", key="--config and its overrides")
+                summary = open_folder(folder, config=config, ranks=ranks)
                 if summary is None:
                     summary = _run(config, folder=folder, ranks=ranks)
                 elif ranks.is_main:
@@ -65,18 +78,23 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         seed_everything(config.train.seed)
-        store = CheckpointStore(
-            folder / CHECKPOINT_FOLDER,
-            ranks=ranks,
-            keep=config.checkpoint.keep,
-            group=new_control_group(timeout_s=timeout_s + 2 * _GRACE_S),
-        )
+        # Agreements that wait for slow things (a download, a disk) must not run into the time-out of training.
+        control = new_control_group(timeout_s=_DAY_S)
+        store = CheckpointStore(folder / CHECKPOINT_FOLDER, ranks=ranks, keep=config.checkpoint.keep, group=control)
         store.prepare()
         checkpoint = store.newest()
         if checkpoint is not None:
             _check_world(checkpoint, ranks=ranks)
-        parts = build(config, ranks=ranks, folder=folder)
+        watchdog = stack.enter_context(Watchdog(timeout_s=timeout_s, folder=folder, ranks=ranks))
+        stack.enter_context(_reporting_failure(watchdog))
+        watchdog.beat("build", allowed_s=_DAY_S)
+        parts = build(config, ranks=ranks, folder=folder, control=control)
         stack.callback(parts.close)
+        if checkpoint is not None and not parts.resumable:
+            raise CheckpointError(
+                f"{checkpoint} cannot be resumed with student.deepspeed = {config.student.deepspeed!r}: DeepSpeed does "
+                "not restore an optimizer on NVMe. Keep it in host memory (offload_optimizer.device cpu)."
+            )
         # Transformers and DeepSpeed have set up their own loggers by now.
         configure_logging(level=config.log.level, rank=ranks.rank)
         journal = Journal()
@@ -86,7 +104,6 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
             if ranks.is_main:
                 logger.info("resumed at step %d from %s", journal.progress.step, checkpoint)
         journal.progress = replace(journal.progress, max_steps=parts.loader.total_steps())
-        watchdog = stack.enter_context(Watchdog(timeout_s=timeout_s, folder=folder, ranks=ranks))
         trainer = Trainer(
             parts=parts,
             monitor=stack.enter_context(_monitor(config, folder=folder, journal=journal, ranks=ranks)),
@@ -97,17 +114,23 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         )
 
         def save() -> None:
-            watchdog.beat(f"checkpoint at step {journal.progress.step}")
-            save_state(store, step=journal.progress.step, owners=owners)
+            watchdog.beat(f"checkpoint at step {journal.progress.step}", allowed_s=_SLOW * timeout_s)
+            if parts.resumable:
+                save_state(store, step=journal.progress.step, owners=owners)
+            elif ranks.is_main:
+                logger.warning("no checkpoint: DeepSpeed could not restore this run's optimizer from NVMe")
 
         if not _assess(trainer, journal=journal, name="before"):
-            return _stopped(journal, ranks=ranks)
+            _stopped(trainer, journal=journal)
+            return None
         if not run_steps(trainer, steps=iter(parts.loader), journal=journal, save=save):
-            return _stopped(journal, ranks=ranks)
+            _stopped(trainer, journal=journal)
+            return None
         save()
         if not _assess(trainer, journal=journal, name="after"):
-            return _stopped(journal, ranks=ranks)
-        watchdog.beat("export")
+            _stopped(trainer, journal=journal)
+            return None
+        watchdog.beat("export", allowed_s=_SLOW * timeout_s)
         export_dir = export_student(parts, folder=folder)
         summary = write_summary(folder, journal=journal, export_dir=export_dir, config=config, ranks=ranks)
         mark_done(folder, step=journal.progress.step, config=config, ranks=ranks)
@@ -143,12 +166,26 @@ def _monitor(config: RunConfig, *, folder: Path, journal: Journal, ranks: Ranks)
     )
 
 
-def _stopped(journal: Journal, *, ranks: Ranks) -> None:
-    """Say how far the run came. Everything up to here is in a checkpoint, unless there was no step yet."""
-    if ranks.is_main:
-        step = journal.progress.step
-        done = f"stopped and saved at step {step}" if step else "stopped before the first step"
-        write_line(f"{done}; the same command goes on from there.")
+def _stopped(trainer: Trainer, *, journal: Journal) -> None:
+    """Say how far the run came, and how to go on."""
+    parts, step = trainer.parts, journal.progress.step
+    if not parts.ranks.is_main:
+        return
+    if not parts.resumable:
+        write_line(f"stopped at step {step}; nothing was saved, because an optimizer on NVMe cannot be resumed.")
+        return
+    how = "the same command without run.fresh=true" if parts.config.run.fresh else "the same command"
+    write_line(f"stopped {f'and saved at step {step}' if step else 'before the first step'}; {how} goes on from there.")
+
+
+@contextmanager
+def _reporting_failure(watchdog: Watchdog) -> Iterator[None]:
+    """Write the stacks of all ranks when a collective gave up, before the error ends this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        watchdog.report_failure(error)
+        raise
 
 
 def _assess(trainer: Trainer, *, journal: Journal, name: str) -> bool:

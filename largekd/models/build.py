@@ -1,5 +1,6 @@
 """Building a causal language model in shards and filling it."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -50,8 +51,20 @@ def build_model(
 
 
 def load_pretrained(model: PreTrainedModel, *, folder: Path, rank: int) -> LoadReport:
-    """Fill the model from its own checkpoint. Errors: ConfigError when a tensor is missing or has another shape."""
-    return load_parameters(model, folder=folder, rank=rank, source_name=lambda name: name)
+    """Fill the model from its own checkpoint.
+
+    Errors: ConfigError when a tensor is missing, has another shape, or has no place in the model: a configuration that
+    ignores weights is another model.
+    """
+    report = load_parameters(model, folder=folder, rank=rank, source_name=lambda name: name)
+    known = [*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq$"]
+    stray = [name for name in report.unused if not any(re.search(pattern, name) for pattern in known)]
+    if stray:
+        raise ConfigError(
+            f"{folder}: {len(stray)} tensors have no place in the model of its config.json, such as {stray[0]!r}; "
+            "config.json and the weights do not belong together."
+        )
+    return report
 
 
 def load_layers(model: PreTrainedModel, *, folder: Path, rank: int, layers: Sequence[int]) -> LoadReport:
@@ -70,8 +83,12 @@ def config_with_layers(config: PretrainedConfig, *, layers: Sequence[int]) -> Pr
         )
     short = deepcopy(config)
     short.num_hidden_layers = len(layers)
-    if getattr(config, "layer_types", None):
-        short.layer_types = [config.layer_types[index] for index in layers]
+    for name, value in config.to_dict().items():
+        # What a family says of each layer (layer_types, no_rope_layers) goes along with the layer.
+        if isinstance(value, list) and len(value) == depth:
+            setattr(short, name, [value[index] for index in layers])
+    if getattr(config, "mlp_only_layers", None):
+        short.mlp_only_layers = [new for new, old in enumerate(layers) if old in config.mlp_only_layers]
     return short
 
 
@@ -80,14 +97,13 @@ def initialise_randomly(model: PreTrainedModel, *, seed: int, rank: int) -> None
 
     Module by module: one module's parameters are whole at a time. A collective call.
     """
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    for module in model.modules():
-        own = list(module.parameters(recurse=False))
-        with gathered(own, modifier_rank=0):
-            if own and rank == 0:
-                _draw(model, module)
-    torch.random.set_rng_state(generator_state)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            own = list(module.parameters(recurse=False))
+            with gathered(own, modifier_rank=0):
+                if own and rank == 0:
+                    _draw(model, module)
 
 
 def _draw(model: PreTrainedModel, module: nn.Module) -> None:

@@ -70,6 +70,12 @@ def _fetch(
     if not _HUB_NAME.match(name) or name.startswith((".", "assets/")):
         hint = f" `python tools/fetch_assets.py {Path(name).name}` may bring it." if name.startswith("assets/") else ""
         raise ConfigError(f"{key} = {name!r}: no such folder, and not a hub name (owner/model).{hint}")
+    if trust_remote_code and revision is None:
+        place = key.rpartition(".")[0]
+        raise ConfigError(
+            f"{place}.trust_remote_code = true for the hub model {name!r} needs {place}.revision: without it, "
+            "code that nobody has looked at could run tomorrow. Give the commit that you trust."
+        )
     patterns = [*_PATTERNS, "*.py"] if trust_remote_code else list(_PATTERNS)
     try:
         with first():

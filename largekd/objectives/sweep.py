@@ -83,6 +83,7 @@ class Sweep:
             bias_parts = map_spans(evaluate, size=positions_C.numel(), block=block, device=student.hidden_ND.device)
             if gradients.bias_V is not None:
                 for part_V in bias_parts:
+                    assert part_V is not None
                     gradients.bias_V[: self.plan.student.vocab_size] += part_V
             if self.plan.gradient:
                 gradient_CV = chunk.student_CV[: positions_C.numel()]

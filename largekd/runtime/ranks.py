@@ -5,6 +5,7 @@ what arrives is data, whoever sent it, and is readable in a debugger; tuples arr
 """
 
 import builtins
+import hashlib
 import json
 import os
 import socket
@@ -158,6 +159,27 @@ def main_failed_too(*, ranks: Ranks, wait_s: float = 5.0) -> bool:
     return True
 
 
+def forget_failure(*, ranks: Ranks) -> None:
+    """Take back what an earlier run of this process group left for `main_failed_too`."""
+    if ranks.is_main and dist.is_initialized():
+        _store_of_group().delete_key(_MAIN_FAILED)
+
+
+def require_same(value: str, *, what: str, key: str) -> None:
+    """Errors: ConfigError on every rank when `value` differs between ranks; it names the first rank that differs.
+
+    Nodes may have copies of recipes and data; an old copy on one of them would otherwise be a hang or a wrong count.
+    """
+    digest = hashlib.sha256(value.encode()).hexdigest()
+    reports = gather_objects([digest, socket.gethostname()])
+    for other, (found, host) in enumerate(reports):
+        if found != reports[0][0]:
+            raise errors.ConfigError(
+                f"rank {other} on {host} has another {what} than rank 0 on {reports[0][1]}; "
+                f"make {key} the same on all nodes."
+            )
+
+
 class Together:
     """Context manager around what one rank may fail at: an error in any rank's body is raised on every rank."""
 
@@ -174,20 +196,22 @@ class Together:
 class MainFirst:
     """Context manager: local rank 0 of every host runs the body first, the others when it is done.
 
-    One fills a cache, all read it. An error in any body is raised on every rank. Two agreements per use.
+    One fills a cache, all read it. An error in any body is raised on every rank. Two agreements per use, in `group`,
+    whose time-out must allow for the slowest download or tokenization.
     """
 
-    def __init__(self, *, ranks: Ranks) -> None:
+    def __init__(self, *, ranks: Ranks, group: dist.ProcessGroup | None = None) -> None:
         self._first = ranks.is_local_main
+        self._group = group
 
     def __enter__(self) -> None:
         if not self._first:
-            raise_together(None)
+            raise_together(None, group=self._group)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        raise_together(error)
+        raise_together(error, group=self._group)
         if self._first:
-            raise_together(None)
+            raise_together(None, group=self._group)
 
 
 def collective_device(*, group: dist.ProcessGroup | None = None) -> torch.device:

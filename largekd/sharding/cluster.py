@@ -1,5 +1,6 @@
 """Joining and leaving the job's process group."""
 
+import atexit
 import os
 import socket
 import warnings
@@ -18,9 +19,9 @@ _SLURM_NAMES = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RAN
 
 @contextmanager
 def process_group(*, timeout_s: int) -> Iterator[None]:
-    """Join the process group that the launcher describes, or make one of a single rank; leave it at the end.
+    """Join the process group that the launcher describes, or make one of a single rank; leave it when the process ends.
 
-    `timeout_s` bounds every collective. A group that the caller made himself is used and left alone.
+    `timeout_s` bounds every collective. A group that exists is used, whoever made it.
     Errors: ConfigError for an op that cannot be built and for a master port that is busy or out of reach.
     """
     if dist.is_initialized():
@@ -34,18 +35,23 @@ def process_group(*, timeout_s: int) -> Iterator[None]:
 
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
-        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        # Under Slurm a task may see its own device alone.
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]) % accelerator.device_count())
     # DeepSpeed calls collectives by names that torch is about to drop; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     try:
         deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
     except dist.DistNetworkError as error:
         raise _unreachable(error) from error
-    try:
-        yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield
+    # DeepSpeed keeps hold of the group, so a second run in this process needs the same one: it is left at the very end,
+    # and not at all after an error, when peers may still be inside a collective.
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _unreachable(error: dist.DistNetworkError) -> ConfigError:
@@ -90,7 +96,15 @@ def _bind_gloo_to_route(master: str) -> None:
         except OSError:
             return
         address = probe.getsockname()[0]
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
-            return
+    interfaces = {
+        entry.address: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family == socket.AF_INET
+    }
+    several_hosts = os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE"))
+    if address.startswith("127.") and several_hosts:
+        # The master's own name often resolves to loopback, where no other host can reach it.
+        address = next((other for other in interfaces if not other.startswith("127.")), address)
+    if address in interfaces:
+        os.environ["GLOO_SOCKET_IFNAME"] = interfaces[address]

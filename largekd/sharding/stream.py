@@ -1,13 +1,14 @@
 """Streaming a safetensors checkpoint into shards, one parameter at a time."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from largekd.errors import ConfigError
 from largekd.sharding.shards import full_shape, write_shard
@@ -42,7 +43,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def load_parameters(module: nn.Module, *, folder: Path, rank: int, source_name: Callable[[str], str]) -> LoadReport:
-    """Fill every parameter of `module` from the checkpoint in `folder`; `source_name` maps a parameter to its tensor.
+    """Fill every parameter and persistent buffer of `module` from the checkpoint in `folder`.
+
+    `source_name` maps the name of a parameter to that of its tensor.
 
     No more than one parameter's tensor is read at a time, and of that only this rank's part where the shard is in
     memory. Shared (tied) parameters are read once, under whichever of their names the checkpoint has.
@@ -62,7 +65,7 @@ def load_parameters(module: nn.Module, *, folder: Path, rank: int, source_name: 
             candidates = [prefix(source_name(alias)) for alias in aliases]
             tensor_name = next((name for name in candidates if name in files), None)
             if tensor_name is None:
-                raise ConfigError(f"{folder}: no tensor {candidates[0]!r}, which the model's config.json calls for.")
+                raise _absent(candidates[0], folder=folder, files=files)
             value = opened[files[tensor_name]].get_tensor(tensor_name)
             if value.shape != full_shape(parameters[key]):
                 raise ConfigError(
@@ -71,10 +74,31 @@ def load_parameters(module: nn.Module, *, folder: Path, rank: int, source_name: 
                 )
             write_shard(parameters[key], value, rank=rank)
             used.update(candidates)
+        for name, buffer in _persistent_buffers(module):
+            tensor_name = prefix(source_name(name))
+            if tensor_name in files:
+                with torch.no_grad():
+                    buffer.copy_(opened[files[tensor_name]].get_tensor(tensor_name))
+                used.add(tensor_name)
     return LoadReport(
         loaded=tuple(alias for aliases in names.values() for alias in aliases),
         unused=tuple(sorted(set(files) - used)),
     )
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong to a checkpoint, such as a router's correction bias."""
+    for path, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
+def _absent(name: str, *, folder: Path, files: Mapping[str, Path]) -> ConfigError:
+    hint = ""
+    if ".experts." in name and any(".experts.0." in other for other in files):
+        hint = " Checkpoints with one tensor per expert are not read yet."
+    return ConfigError(f"{folder}: no tensor {name!r}, which the model's config.json calls for.{hint}")
 
 
 def _prefix(files: Mapping[str, Path], module: nn.Module) -> Callable[[str], str]:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from placements import needs_libaio
 from safetensors.torch import load_file
 from tiny_run import distil, distil_until, metrics, settings
 
@@ -71,7 +72,19 @@ def test_a_finished_run_is_not_repeated_and_a_longer_one_goes_on(straight, tiny_
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_longer_run_goes_on_and_is_not_done_until_its_end(tiny_assets, two_ranks, tmp_path):
+    tree = settings(tiny_assets, tmp_path / "run", train__max_steps=2, optim__warmup_steps=0)
+    two_ranks.run(distil, tree=tree)
+    tree["train"]["max_steps"] = 5
+    assert two_ranks.run(distil_until, tree=tree, step=2, rank=0) == [None, None]
+    assert not (tmp_path / "run/DONE").exists() and not (tmp_path / "run/summary.json").exists()
+    summary, _ = two_ranks.run(distil, tree=tree)
+    assert summary["steps"] == 5
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+
+
 def test_another_configuration_on_resume_is_refused_and_named(straight, tiny_assets, two_ranks):
+    # Without its checkpoints a finished run still is what it is.
     tree = settings(tiny_assets, straight[0], optim__lr=2e-3, train__seed=5)
     with pytest.raises(AssertionError, match=r"(?s)optim\.lr.*train\.seed|train\.seed.*optim\.lr"):
         two_ranks.run(distil, tree=tree)
@@ -104,3 +117,15 @@ def test_any_number_of_rows_runs_on_two_ranks_as_on_one(tiny_assets, one_rank, t
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert mine["tokens"] == theirs["tokens"]
     assert summary["eval"]["after"]["perplexity"] == pytest.approx(expected["eval"]["after"]["perplexity"], rel=1e-3)
+
+
+@needs_libaio
+def test_an_optimizer_on_nvme_is_never_resumed(tiny_assets, one_rank, tmp_path):
+    placement = tmp_path / "nvme.json"
+    offload = {"device": "nvme", "nvme_path": str(tmp_path / "swap"), "pin_memory": False}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_param": offload, "offload_optimizer": offload}
+    placement.write_text(json.dumps({"zero_optimization": zero}))
+    tree = settings(tiny_assets, tmp_path / "run", student__deepspeed=str(placement), eval__max_rows=2)
+    assert one_rank.run(distil_until, tree=tree, step=2, rank=0) == [None]
+    assert not list((tmp_path / "run/checkpoints").glob("step_*"))
+    assert one_rank.run(distil, tree=tree)[0]["steps"] == 6

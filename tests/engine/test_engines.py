@@ -4,27 +4,11 @@ import math
 
 import pytest
 import torch
+from placements import needs_libaio, offload
 from step_jobs import weights_after
 from tiny import join_rows, make_rows, save_tiny_llama
 
-from largekd.runtime.build_lock import extensions_folder
-
 RUN = {"steps": 10, "rows": 8, "packed": True, "micro_batch_size": 2, "lr": 1e-3, "clipping": 0.5}
-needs_libaio = pytest.mark.skipif(
-    not (extensions_folder() / "async_io").is_dir(), reason="the async_io op is not built: NVMe offload needs libaio"
-)
-
-
-def offload(device, *, folder, param=True, optimizer=False):
-    target = {"device": device, "pin_memory": False}
-    if device == "nvme":
-        target |= {"nvme_path": str(folder)}
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-    if param:
-        zero["offload_param"] = target
-    if optimizer:
-        zero["offload_optimizer"] = target
-    return {"zero_optimization": zero}
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +66,13 @@ def plain_adamw(student, *, steps, lr, clipping):
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def test_bf16_follows_fp32(models, two_ranks, plain):
-    (result, _) = two_ranks.run(weights_after, **RUN, **models, precision="bf16")
-    assert result["losses"][-1] == pytest.approx(plain["losses"][-1], rel=0.01)
+def test_the_divergence_in_bf16_follows_fp32(models, two_ranks):
+    divergence = {"alpha": 1.0, "divergences": [{"name": "forward_kl"}]}
+    fp32, bf16 = (
+        two_ranks.run(weights_after, **RUN, **models, objective=divergence, precision=precision)[0]["losses"]
+        for precision in ("fp32", "bf16")
+    )
+    assert bf16 == pytest.approx(fp32, rel=0.01)
 
 
 def test_groups_have_their_own_rates_and_frozen_ones_stay(models, two_ranks):

@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from placements import needs_libaio, offload
 from sharding_jobs import hidden_and_residency
 from step_jobs import weights_after
-from test_engines import needs_libaio, offload
 from tiny_run import ROOT
 
 SMOLLM2 = Path(os.environ.get("LARGEKD_ASSETS", ROOT / "assets")) / "smollm2-135m-instruct"

@@ -27,6 +27,7 @@ def attempt(
     *,
     tree: Mapping[str, Any],
     stop_at: int | None = None,
+    stop_in_evaluation: int | None = None,
     stop_rank: int = 0,
     poison: str | None = None,
     poison_rank: int = 0,
@@ -35,7 +36,8 @@ def attempt(
 ) -> dict[str, Any]:
     """One run: its summary or its error, the sample ids of every step on this rank, and what the package logged.
 
-    `stop_at`: rank `stop_rank` gets SIGTERM just before that step. `poison`: `loss`, `teacher` or `gradient` becomes
+    `stop_at`: rank `stop_rank` gets SIGTERM just before that step; `stop_in_evaluation`: at the start of that
+    evaluation, counted from 1. `poison`: `loss`, `teacher` or `gradient` becomes
     NaN on rank `poison_rank` in `poison_steps`. `faults`: LARGEKD_TEST_FAULT for this run.
     """
     # What an earlier run left in the generators must not be what makes a resumed run equal.
@@ -56,8 +58,17 @@ def attempt(
     def poisoned() -> bool:
         return here["step"] in poison_steps and dist.get_rank() == poison_rank
 
+    def before_evaluation(number: int) -> None:
+        if number == stop_in_evaluation and dist.get_rank() == stop_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     os.environ[VARIABLE] = faults
-    with _steps_observed(before_step), _poison(poison, when=poisoned), _messages() as messages:
+    with (
+        _steps_observed(before_step),
+        _evaluations_observed(before_evaluation),
+        _poison(poison, when=poisoned),
+        _messages() as messages,
+    ):
         try:
             answer["summary"] = largekd.distill(tree)
         except LargeKDError as error:
@@ -86,6 +97,22 @@ def _steps_observed(before_step: Callable[[int, list[list[int]]], bool]) -> Iter
         yield
     finally:
         loop.step_scales, run.run_steps = original, trainers
+
+
+@contextmanager
+def _evaluations_observed(before_evaluation: Callable[[int], None]) -> Iterator[None]:
+    """`before_evaluation(number)` is called before every evaluation, from 1."""
+    original, count = loop.evaluate, iter(range(1, 10_000))
+
+    def observed(*arguments: Any, **options: Any) -> Any:
+        before_evaluation(next(count))
+        return original(*arguments, **options)
+
+    loop.evaluate = observed
+    try:
+        yield
+    finally:
+        loop.evaluate = original
 
 
 @contextmanager

@@ -64,9 +64,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(small_disk, tiny
 def test_a_disk_that_is_full_for_one_rank_only_stops_both(tiny_assets, job_server, tmp_path, rank, point):
     run_dir = tmp_path / "run"
     fault = f"save:{point}:rank{rank}:step4:enospc"
-    refused(
-        job_server.start(recipe(tiny_assets, run_dir), folder=tmp_path / "job", LARGEKD_TEST_FAULT=fault), step=4
-    )
+    refused(job_server.start(recipe(tiny_assets, run_dir), folder=tmp_path / "job", LARGEKD_TEST_FAULT=fault), step=4)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step_00000002"]
 
 

@@ -33,9 +33,7 @@ def straight(tiny_assets, two_ranks, tmp_path_factory):
     def of_length(steps: int) -> Path:
         if steps not in made:
             made[steps] = tmp_path_factory.mktemp("straight") / "run"
-            answers = two_ranks.run(
-                pool_jobs.attempt, tree=recipe(tiny_assets, made[steps], steps=steps, every=0)
-            )
+            answers = two_ranks.run(pool_jobs.attempt, tree=recipe(tiny_assets, made[steps], steps=steps, every=0))
             assert answers[0]["summary"]["steps"] == steps
         return made[steps]
 
@@ -66,9 +64,7 @@ def finished(server: JobServer, tree: dict[str, Any], *, folder: Path) -> str:
         for point in POINTS
     ],
 )
-def test_a_rank_killed_inside_the_save_costs_one_interval(
-    straight, tiny_assets, job_server, tmp_path, rank, point
-):
+def test_a_rank_killed_inside_the_save_costs_one_interval(straight, tiny_assets, job_server, tmp_path, rank, point):
     run_dir = tmp_path / "run"
     tree = recipe(tiny_assets, run_dir, steps=6, every=2)
     fault = f"save:{point}:rank{rank}:step4:sigkill"
