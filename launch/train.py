@@ -38,6 +38,10 @@ def main(argv: list[str]) -> None:
         dry_run(config, world_size=world_size)
         return
 
+    from largekd.runtime.build_lock import require_buildable_ops
+
+    # Asked again where the ops are loaded; here the answer comes before the long imports.
+    require_buildable_ops()
     from largekd.distillation.run import distill
 
     if distill(config) is None:

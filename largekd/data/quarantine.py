@@ -35,7 +35,7 @@ class Quarantine:
         return len(self.bad) / self.total if self.total else 0.0
 
     def as_rows(self) -> list[dict[str, str | int]]:
-        """One JSON-able object per unusable record, for `quarantine.jsonl`."""
+        """One JSON-able object per unusable record, for `quarantine.json`."""
         return [
             {"source": self.source, "record": bad.record, "origin": bad.origin, "reason": bad.reason}
             for bad in self.bad

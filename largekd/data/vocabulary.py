@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from largekd.config.model import StudentConfig, TeacherConfig
 from largekd.errors import DataError, TeacherError
 
 NAMED_DIFFERENCES = 5
@@ -33,25 +32,6 @@ def load_tokenizer(
     if not tokenizer.get_vocab():
         raise DataError(f"{key} = {path!r}: its tokenizer has an empty vocabulary; the tokenizer files are missing.")
     return tokenizer
-
-
-def load_tokenizer_pair(
-    *, teacher: TeacherConfig, student: StudentConfig
-) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-    """Tokenizers of teacher and student; a student without `student.model` has none of its own and uses the teacher's.
-
-    Raises:
-        DataError: as `load_tokenizer`.
-    """
-    theirs = load_tokenizer(
-        teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code, key="teacher.model"
-    )
-    if student.model is None:
-        return theirs, theirs
-    own = load_tokenizer(
-        student.model, revision=student.revision, trust_remote_code=student.trust_remote_code, key="student.model"
-    )
-    return theirs, own
 
 
 def check_same_tokenizer(

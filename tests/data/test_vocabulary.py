@@ -7,8 +7,7 @@ import pytest
 from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
-from largekd.config.model import StudentConfig, TeacherConfig
-from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, load_tokenizer_pair
+from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer
 from largekd.errors import DataError, TeacherError
 
 Make = Callable[..., PreTrainedTokenizerFast]
@@ -46,18 +45,6 @@ def test_equal_vocabularies_that_split_differently_are_refused(make_tokenizer: M
     other.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(TeacherError, match="split text differently: after 0 equal tokens the teacher has"):
         check_same_tokenizer(one, other, teacher_vocab_size=400, student_vocab_size=400)
-
-
-def test_loading_and_the_students_choice(tmp_path: Path, make_tokenizer: Make) -> None:
-    make_tokenizer().save_pretrained(tmp_path / "teacher")
-    make_tokenizer(extra=("<x>",)).save_pretrained(tmp_path / "student")
-    teacher = TeacherConfig(model=str(tmp_path / "teacher"), deepspeed="d.json")
-    theirs, own = load_tokenizer_pair(teacher=teacher, student=StudentConfig(teacher_layers=(0,), deepspeed="d.json"))
-    assert own is theirs
-    theirs, own = load_tokenizer_pair(
-        teacher=teacher, student=StudentConfig(model=str(tmp_path / "student"), deepspeed="d.json")
-    )
-    assert (len(own), own.chat_template) == (len(theirs) + 1, theirs.chat_template)
 
 
 def test_missing_tokenizers_name_key_and_path(tmp_path: Path) -> None:

@@ -67,7 +67,8 @@ def run_settings(assets: Path, folder: Path, *, steps: int) -> dict[str, Any]:
 
 def assert_no_tensor_is_kept(report: dict[str, Any], *, steps: int) -> None:
     assert len(report["resident_mb"]) == steps
-    counts = {step: count for step, count in report["tensors"].items() if step >= SETTLED_STEP}
+    # Towards the end the loader has nothing left to read ahead, and its tensors go.
+    counts = {step: count for step, count in report["tensors"].items() if SETTLED_STEP <= step <= steps - 10}
     assert len(counts) >= 5
     assert len(set(counts.values())) == 1, f"live tensors by step: {counts}"
 

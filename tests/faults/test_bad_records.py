@@ -45,6 +45,7 @@ def recipe(assets: Path, run_dir: Path, *, path: Path, max_bad_frac: float) -> d
         data__train={"path": str(path), "max_bad_frac": max_bad_frac},
         train__max_steps=None,
         train__max_epochs=1,
+        train__sequence_length=256,
         train__global_batch_size=64,
         train__micro_batch_size=32,
         eval__max_rows=2,
@@ -53,9 +54,7 @@ def recipe(assets: Path, run_dir: Path, *, path: Path, max_bad_frac: float) -> d
 
 def test_bad_records_are_set_aside_counted_and_listed(spoiled, tiny_assets, two_ranks, tmp_path):
     path, bad = spoiled
-    answers = two_ranks.run(
-        pool_jobs.attempt, tree=recipe(tiny_assets, tmp_path / "run", path=path, max_bad_frac=0.1)
-    )
+    answers = two_ranks.run(pool_jobs.attempt, tree=recipe(tiny_assets, tmp_path / "run", path=path, max_bad_frac=0.1))
     assert [answer["error"] for answer in answers] == [None, None]
     rows = json.loads((tmp_path / "run/quarantine.json").read_text())
     assert sorted(row["origin"] for row in rows) == sorted(f"{path}:{number}" for number in bad)
@@ -79,7 +78,5 @@ def test_without_a_tolerance_the_first_bad_line_is_named(spoiled, tiny_assets, t
 
 def test_a_share_above_the_tolerance_is_refused(spoiled, tiny_assets, two_ranks, tmp_path):
     path, _ = spoiled
-    answers = two_ranks.run(
-        pool_jobs.attempt, tree=recipe(tiny_assets, tmp_path / "run", path=path, max_bad_frac=0.04)
-    )
+    answers = two_ranks.run(pool_jobs.attempt, tree=recipe(tiny_assets, tmp_path / "run", path=path, max_bad_frac=0.04))
     assert all(answer["error"][0] == "DataError" for answer in answers)

@@ -98,9 +98,12 @@ DAMAGES = {
     "code": (plant_code, "instead of|another SHA-256"),
     "extra code": (plant_extra_code, "not in the manifest"),
 }
+SLOW = ("truncation", "no marker")
 
 
-@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in DAMAGES]
+)
 def test_a_damaged_newest_checkpoint_costs_one_interval(run_dir, straight, tiny_assets, two_ranks, name):
     damage, reason = DAMAGES[name]
     damage(run_dir / "checkpoints/step_00000004")

@@ -93,6 +93,7 @@ def resumed_after(run_dir: Path, tree: dict[str, Any], *, pool) -> None:
     assert [record["step"] for record in metrics(run_dir)] == list(range(1, 13))
 
 
+@pytest.mark.slow
 def test_four_bad_steps_in_a_row_do_not(tiny_assets, two_ranks, tmp_path):
     tree = settings(tiny_assets, tmp_path / "run", train__max_steps=12)
     answers = poisoned(two_ranks, tree, kind="loss", rank=0, steps=(2, 3, 4, 5, 7, 8, 9, 10))

@@ -194,5 +194,3 @@ def test_a_longer_length_goes_on_where_the_shorter_run_ended(tiny_assets, two_ra
     assert metrics(run_dir)[:3] == before and len(metrics(run_dir)) == 6
     assert json.loads((run_dir / "DONE").read_text())["step"] == 6
     assert any("the run's length changed" in message for message in answers[0]["messages"])
-
-

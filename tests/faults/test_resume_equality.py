@@ -10,6 +10,7 @@ from make_tiny_model import Shape, make_model
 from tiny_run import ROOT, metrics, settings
 
 STEPS = 12
+slow = pytest.mark.slow
 # Seconds, rates and memory are the run's own.
 MEASURED = ("perf/", "memory/", "time/")
 
@@ -96,7 +97,7 @@ def test_the_compared_run_shuffles_drops_out_and_has_two_rates(straight, tiny_as
     assert metrics(run_dir.parent / "plain")[0]["loss"] != metrics(run_dir)[0]["loss"]
 
 
-@pytest.mark.parametrize("stop", [1, 4, 6, 9])
+@pytest.mark.parametrize("stop", [pytest.param(stop, marks=slow) for stop in (1, 6, 9)] + [4])
 def test_resume_equals_the_straight_run(straight, tiny_assets, dropout_student, two_ranks, tmp_path, stop):
     run_dir, answers, state = straight
     samples = stopped_and_resumed(two_ranks, recipe(tiny_assets, tmp_path / "run", dropout_student), stop=stop)
@@ -117,6 +118,7 @@ def test_resume_with_the_optimizer_on_the_cpu_is_exact_too(tiny_assets, dropout_
     assert final_state(two_ranks, tmp_path / "resumed") == final_state(two_ranks, tmp_path / "straight")
 
 
+@slow
 def test_resume_with_deepspeeds_cpu_adam_is_close(tiny_assets, dropout_student, two_ranks, tmp_path):
     offload = placement(tmp_path, offload_optimizer={"device": "cpu", "pin_memory": False})
     options = {"student__deepspeed": offload, "optim__implementation": "deepspeed"}

@@ -198,7 +198,9 @@ def test_sigterm_during_the_evaluation_before_step_1(tiny_assets, job_server, tm
     assert steps_done(tmp_path / "run") == 0
 
 
-@pytest.mark.parametrize("evaluation", [1, 2, 3])
+@pytest.mark.parametrize(
+    "evaluation", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_sigterm_during_an_evaluation_loses_nothing(tiny_assets, two_ranks, tmp_path, evaluation):
     """1: before the first step, 2: between steps, 3: after the last."""
     changes = {"train__max_steps": 4, "eval": {"every_steps": 2, "max_rows": 6}}

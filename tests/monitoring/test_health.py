@@ -17,6 +17,7 @@ def sums_of(*, student_TV: torch.Tensor, teacher_TV: torch.Tensor, labels_T: tor
         "student_top1_correct": (q.argmax(-1) == labels_T).double(),
         "student_entropy": -(q * q.log()).sum(-1),
         "teacher_entropy": -(p * p.log()).sum(-1),
+        "teacher_ce": -p.log()[range(len(labels_T)), labels_T],
         "kl_t1": (p * (p.log() - q.log())).sum(-1),
         "top1_agree": (p.argmax(-1) == q.argmax(-1)).double(),
     }
