@@ -1,6 +1,8 @@
 """The student's engine: forward, accumulated backward, optimizer step, state on disk."""
 
+import importlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ class TrainEngine:
     def __init__(self, *, module: nn.Module, groups: Sequence[ParameterGroup], ds_config: Mapping[str, Any]) -> None:
         import deepspeed
 
+        _import_muon_uncompiled()
         self._engine = deepspeed.initialize(
             model=module,
             model_parameters=[
@@ -120,3 +123,21 @@ class TrainEngine:
 
 def _copy_nothing(save_dir: str) -> None:
     """Stands in for DeepSpeed's copy of its own conversion script into every checkpoint."""
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon ahead of its engine, which does so whatever the optimizer is, but without compilation.
+
+    Decorating its kernels loads torch's whole compiler, which takes longer than everything else that an engine does
+    when it starts. Nobody uses them here.
+    """
+    from deepspeed.runtime import compiler
+
+    compile_kernel = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        # Not a promise of DeepSpeed's: another release may keep it elsewhere, and then only start-up is slower.
+        with suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_kernel

@@ -1,10 +1,9 @@
-"""Faults on demand, for tests: a process kills, stops or poisons itself at a named point.
+"""Faults on demand, for tests: a process kills or stops itself, or fails, at a named point.
 
 `LARGEKD_TEST_FAULT` holds comma-separated specifications `area:point:rank<R|*>:step<N|N-M|*>[:action]`, for example
-`save:after_shard:rank1:step4:sigkill` or `loss:nan:rank0:step3-7`. Unset, as in every real run, nothing ever fires.
+`save:after_shard:rank1:step4:sigkill`. Unset, as in every real run, nothing ever fires.
 
-Points: `save:{before_shard,mid_shard,after_shard,before_manifest,before_rename,before_marker,after_commit}`, and
-`loss:nan`, `grad:nan`, `teacher:nan`, whose caller poisons its tensor when `fault_point` returns True.
+Points: `save:{before_shard,mid_shard,after_shard,before_manifest,before_rename,before_marker,after_commit}`.
 Actions: `sigkill`, `sigterm`, `sigstop` (to itself), `enospc` (raises), `sleep<seconds>`; none: only return True.
 """
 

@@ -29,6 +29,7 @@ _STDERR = 2
 _SHOWN_RANKS = 8
 _SECTION_CHARS = 60
 _RECORD_BYTES = 512
+_DEAD_STATES = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE, "gone")
 
 
 @dataclass(frozen=True)
@@ -189,10 +190,15 @@ class Watchdog:
             }
 
     def describe_ranks(self) -> str:
-        """Every rank's last section and its age, fewest beats first: the others wait for the rank at the front."""
+        """Every rank's last section and its age; the others wait for the rank at the front.
+
+        A process that is stopped or gone comes first: it may have got as far as the others. Then fewest beats.
+        """
         records = [(peer, self._read_heartbeat(peer.rank)) for peer in self._peers]
         alive = [(peer, record) for peer, record in records if record and not record.get("closed")]
-        alive.sort(key=lambda entry: (entry[1]["count"], entry[1]["beat_s"]))
+        alive.sort(
+            key=lambda entry: (_process_state(entry[0]) not in _DEAD_STATES, entry[1]["count"], entry[1]["beat_s"])
+        )
         lines = [_described(peer, record) for peer, record in alive[:_SHOWN_RANKS]]
         return "Furthest behind first: " + ("; ".join(lines) if lines else "no heartbeats to read")
 

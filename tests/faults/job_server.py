@@ -23,8 +23,6 @@ LIMIT = "TEST_FILE_LIMIT_BYTES"
 _PR_SET_PDEATHSIG = 1
 _PRELOADED = (
     "deepspeed",
-    # DeepSpeed asks it for its optimizers, and it compiles at import.
-    "deepspeed.runtime.zero.muon.muon_optimizer",
     "largekd.distillation.run",
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",

@@ -48,7 +48,9 @@ def recipe(assets: Path, run_dir: Path, *, path: Path, max_bad_frac: float) -> d
         train__sequence_length=256,
         train__global_batch_size=64,
         train__micro_batch_size=32,
-        eval__max_rows=2,
+        data__eval=None,
+        log={"progress": False, "health_every_steps": 0},
+        student__teacher_layers=[0],
     )
 
 

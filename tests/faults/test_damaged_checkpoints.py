@@ -148,6 +148,7 @@ def test_with_every_checkpoint_damaged_the_run_refuses(run_dir, tiny_assets, two
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_fresh_starts_over_and_keeps_the_damaged_run_aside(run_dir, straight, tiny_assets, two_ranks):
     for path in (run_dir / "checkpoints").iterdir():
         truncate(path)

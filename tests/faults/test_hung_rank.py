@@ -22,6 +22,7 @@ def test_a_stopped_rank_is_found_and_named(tiny_assets, job_server, tmp_path, ti
     started_s = time.monotonic()
     statuses = job.wait(timeout_s=limit_s)
     took_s = time.monotonic() - started_s
+    print(f"found after {took_s:.1f} s")
     text = job.text()
     assert None not in statuses and 0 not in statuses, text
     assert timeout_s * 0.5 < took_s <= limit_s

@@ -96,7 +96,9 @@ def gone_within(job: Launched, *, limit_s: float) -> float:
         job.command.poll()
         return not processes_of(str(job.recipe))
 
-    return until(gone, timeout_s=limit_s, what=f"{processes_of(str(job.recipe))} {job.text()[-3000:]}")
+    took_s = until(gone, timeout_s=limit_s, what=f"{processes_of(str(job.recipe))} {job.text()[-3000:]}")
+    print(f"gone after {took_s:.1f} s")
+    return took_s
 
 
 def saved_once(job: Launched) -> int:

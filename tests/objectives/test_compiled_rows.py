@@ -67,14 +67,30 @@ def test_fallback_is_logged_once_and_exact(monkeypatch, caplog) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_eager_form_takes_over(monkeypatch, caplog) -> None:
+def test_without_a_compiler_the_eager_form_takes_over(caplog) -> None:
     import torch._inductor.config
 
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/nonexistent/c++",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch._dynamo.reset()
-    with caplog.at_level(logging.WARNING, logger=compiled.__name__):
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("/nonexistent/c++",), "force_disable_caches": True})
+    with no_compiler, caplog.at_level(logging.WARNING, logger=compiled.__name__):
         module, actual = outcome(compile=True, temperature=3.0)
     torch._dynamo.reset()
-    assert not module.rows.compiles and "objective.compile" in caplog.text
+    assert not module.rows.compiles and "/nonexistent/c++" in caplog.text
     assert torch.equal(actual[0], outcome(compile=False, temperature=3.0)[1][0])
+
+
+@pytest.mark.slow
+def test_many_plans_on_several_threads_stay_compiled(monkeypatch) -> None:
+    """More plans and block shapes than torch recompiles one function for, met by two threads at once."""
+    monkeypatch.setattr("largekd.objectives.sweep.CPU_BLOCK_ELEMENTS", 4 * 401)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for temperature in (1.0, 1.25, 1.5, 1.75, 2.25):
+            module, actual = outcome(compile=True, temperature=temperature)
+            assert module.rows.compiles, "compilation fell back"
+            _, expected = outcome(compile=False, temperature=temperature)
+            for one, other in zip(actual, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)

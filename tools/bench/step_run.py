@@ -36,7 +36,12 @@ class Runner:
         """Reports of the ranks of one job, in order."""
         port, started = free_port(), []
         for rank in range(world_size):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+            place: dict[str, object] = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": world_size,
+                "LOCAL_WORLD_SIZE": world_size,
+            }
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             started.append((job, self._variables(threads=1) | {key: str(value) for key, value in place.items()}))
         return self._together(started)
@@ -102,7 +107,7 @@ class _Process:
         self._process.wait()
         self._errors.seek(0)
         raise SystemExit(
-            f"{self._process.args} failed with status {self._process.returncode}:\n{self._errors.read()[-3000:]}"
+            f"{self._process.args!r} failed with status {self._process.returncode}:\n{self._errors.read()[-3000:]}"
         )
 
 
