@@ -16,10 +16,12 @@ def offload(device: str, *, folder: Path, param: bool = True, optimizer: bool = 
     """A ZeRO-3 placement with parameters (and the optimizer) on `device`."""
     target: dict[str, Any] = {"device": device, "pin_memory": False}
     if device == "nvme":
-        target |= {"nvme_path": str(folder)}
+        target["nvme_path"] = str(folder)
     zero: dict[str, Any] = {"stage": 3, "stage3_param_persistence_threshold": 0}
     if param:
-        zero["offload_param"] = target
+        # DeepSpeed's default holds 2 GB of buffers for every engine.
+        buffers = {"buffer_count": 5, "buffer_size": 1_000_000} if device == "nvme" else {}
+        zero["offload_param"] = target | buffers
     if optimizer:
         zero["offload_optimizer"] = target
     return {"zero_optimization": zero}

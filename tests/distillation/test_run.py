@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from placements import needs_libaio
+from placements import needs_libaio, offload
 from safetensors.torch import load_file
 from tiny_run import distil, distil_until, metrics, settings
 
@@ -122,9 +122,7 @@ def test_any_number_of_rows_runs_on_two_ranks_as_on_one(tiny_assets, one_rank, t
 @needs_libaio
 def test_an_optimizer_on_nvme_is_never_resumed(tiny_assets, one_rank, tmp_path):
     placement = tmp_path / "nvme.json"
-    offload = {"device": "nvme", "nvme_path": str(tmp_path / "swap"), "pin_memory": False}
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_param": offload, "offload_optimizer": offload}
-    placement.write_text(json.dumps({"zero_optimization": zero}))
+    placement.write_text(json.dumps(offload("nvme", folder=tmp_path / "swap", optimizer=True)))
     tree = settings(tiny_assets, tmp_path / "run", student__deepspeed=str(placement), eval__max_rows=2)
     assert one_rank.run(distil_until, tree=tree, step=2, rank=0) == [None]
     assert not list((tmp_path / "run/checkpoints").glob("step_*"))
