@@ -53,12 +53,13 @@ def watched_run(*, tree: dict[str, Any], every: int) -> dict[str, Any]:
     return {"tensors": tensors, "resident_mb": resident}
 
 
-def run_settings(assets: Path, folder: Path, *, steps: int) -> dict[str, Any]:
-    """A record and health figures at every tenth step, an evaluation now and then."""
+def run_settings(assets: Path, folder: Path, *, steps: int, rows: int) -> dict[str, Any]:
+    """Records and health figures every few steps, an evaluation now and then."""
     return settings(
         assets,
         folder,
         train__max_steps=steps,
+        train__global_batch_size=rows,
         eval__every_steps=25,
         log__every_steps=5,
         log__health_every_steps=10,
@@ -74,14 +75,14 @@ def assert_no_tensor_is_kept(report: dict[str, Any], *, steps: int) -> None:
 
 
 def test_the_number_of_live_tensors_stays(two_ranks, tiny_assets, tmp_path):
-    tree = run_settings(tiny_assets, tmp_path / "run", steps=60)
+    tree = run_settings(tiny_assets, tmp_path / "run", steps=60, rows=4)
     for report in two_ranks.run(watched_run, tree=tree, every=10):
         assert_no_tensor_is_kept(report, steps=60)
 
 
 @pytest.mark.slow
 def test_memory_stays_over_hundreds_of_steps(two_ranks, tiny_assets, tmp_path):
-    tree = run_settings(tiny_assets, tmp_path / "run", steps=400)
+    tree = run_settings(tiny_assets, tmp_path / "run", steps=400, rows=8)
     for report in two_ranks.run(watched_run, tree=tree, every=20):
         assert_no_tensor_is_kept(report, steps=400)
         slope = slope_per_step(report["resident_mb"][100:300])

@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--quick", action="store_true", help="a small cell, one round; only the loss's accuracy is judged"
     )
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds on the named cell (default 3)")
-    parser.add_argument("--divergence", choices=("forward_kl", "reverse_kl", "jsd"), default="jsd")
+    parser.add_argument("--divergence", choices=("forward_kl", "reverse_kl", "jsd"), default="forward_kl")
     parser.add_argument("--all-cells", action="store_true", help="one round each of fp32 and of hidden 2,048 as well")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
