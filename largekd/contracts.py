@@ -1,12 +1,13 @@
 """The records that rooms exchange.
 
 Shape letters: B sequences (rows), S positions, T counted tokens, V student vocabulary, W teacher vocabulary,
-D student width, E teacher width.
+D student width, E teacher width, K kept entries, G groups of a translation (in attention: key heads), L scored groups,
+N teacher tokens of scored groups, H heads, d width of a head.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ HEALTH_NAMES = (
     "ce",
     "student_top1_correct",
     "student_entropy",
+    "signal_weight",
     "teacher_entropy",
     "teacher_ce",
     "kl_t1",
@@ -25,8 +27,8 @@ HEALTH_NAMES = (
 )
 """Figures at temperature 1, each a sum over tokens times the token's weight, in the order in which they travel."""
 
-TEACHER_HEALTH_NAMES = HEALTH_NAMES[4:]
-"""The figures that need a teacher; without a signal they are 0 and mean nothing."""
+TEACHER_HEALTH_NAMES = HEALTH_NAMES[5:]
+"""The figures that need a teacher, summed over the tokens whose weights make up `signal_weight`."""
 
 
 class Segment(NamedTuple):
@@ -46,6 +48,8 @@ class Batch:
     have `position_ids_BS`, restarting in every segment (the padded tail is a segment of its own), and no mask.
     `counted_T` are the flat positions (b * S + s) whose label counts and whose weight is positive: it is made with
     the batch so that the loss needs no device synchronisation.
+    `segment_BS` numbers the samples of a row from 1; 0 is fill. `translation` is there when the teacher has another
+    tokenizer.
     """
 
     input_ids_BS: Tensor
@@ -55,12 +59,16 @@ class Batch:
     attention_mask_BS: Tensor | None = None
     position_ids_BS: Tensor | None = None
     segments: tuple[tuple[Segment, ...], ...] = ()
+    segment_BS: Tensor | None = None
+    translation: "Translation | None" = None
 
     def to(self, *, device: torch.device) -> "Batch":
         """This batch with its tensors on `device`; the copies are asynchronous where memory is pinned."""
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        if self.translation is not None:
+            moved["translation"] = self.translation.to(device=device)
         return replace(self, **moved)
 
     @property
@@ -80,16 +88,93 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What the terms of one rank's micro-batches are divided by, before the all-reduce."""
+class Translation:
+    """The same samples in the teacher's tokens, and the groups of tokens that spell the same bytes on both sides.
 
-    label_tokens: float
+    teacher: the teacher's rows, packed, sample by sample in the same order as the student's and under the same segment
+    numbers; a segment may be empty. Like the student's, its samples have no position for their last token.
 
-    @classmethod
-    def of(cls, micro_batches: Sequence[Batch]) -> "Counts":
-        """Sum of token weights over the counted positions, in float64."""
-        weights = (batch.token_weight_BS.flatten()[batch.counted_T].double().sum() for batch in micro_batches)
-        return cls(label_tokens=float(sum(weights)))
+    Groups (G), for what is compared at positions: group g is the student's flat positions [student_start_G,
+    + student_length_G) of `input_ids_BS` and the teacher's [teacher_start_G, + teacher_length_G) of its own batch.
+    Groups are ordered and do not overlap, none crosses samples, and each token of one has a position on both sides.
+    student_group_BS, teacher_group_BS: per position, 1 + the group's number within its row; 0: not aligned.
+
+    Scored groups (L), for what is compared at predictions: each of the student's tokens is a counted label and each of
+    the teacher's is predicted by a position. They may end with a sample's last token, and are not a part of G.
+    Group l's labels are those of the counted positions [scored_first_L, + scored_length_L), indices into `counted_T`;
+    the teacher predicts its first token at the flat position scored_row_L and the others at the
+    scored_teacher_length_L − 1 positions that follow.
+    signal_T: for each counted position, the scored group that is its label and nothing else of the student's; −1: none.
+    Spans (X) are the scored groups of two or more student tokens, and U are these tokens in order. span_G: each span's
+    place among the scored groups. span_first_T: (X) index into `counted_T` of its first token. span_of_U, span_token_U:
+    each token's span and its index into `counted_T`.
+    row_N, id_N, scored_N: for each teacher token of each scored group, in order: the flat position that predicts it,
+    its id, and its group. The sum of the log-probabilities over a group's tokens is the group's log-probability.
+    """
+
+    teacher: Batch
+    student_start_G: Tensor
+    student_length_G: Tensor
+    teacher_start_G: Tensor
+    teacher_length_G: Tensor
+    student_group_BS: Tensor
+    teacher_group_BS: Tensor
+    scored_first_L: Tensor
+    scored_length_L: Tensor
+    scored_row_L: Tensor
+    scored_teacher_length_L: Tensor
+    signal_T: Tensor
+    span_G: Tensor
+    span_first_T: Tensor
+    span_of_U: Tensor
+    span_token_U: Tensor
+    row_N: Tensor
+    id_N: Tensor
+    scored_N: Tensor
+
+    def to(self, *, device: torch.device) -> "Translation":
+        """This translation with its tensors on `device`."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, teacher=self.teacher.to(device=device), **moved)
+
+
+COUNT_NAMES = ("label_tokens", "signal_tokens", "spans", "positions", "samples")
+"""What terms may be divided by, each a sum over a step's micro-batches and ranks; see `counts_of`."""
+
+
+def counts_of(micro_batches: Sequence[Batch]) -> Tensor:
+    """(len(COUNT_NAMES),) float64 sums over one rank's micro-batches, before the all-reduce.
+
+    label_tokens: token weights of the counted positions. signal_tokens: of those that have a teacher's signal: all, or
+    with a translation those whose label is a group of its own. spans: scored groups of several student tokens, times
+    the weight of their first token.
+    positions: positions of samples, fill left out; with a translation its groups. samples: samples with at least two
+    such positions.
+    """
+    total = torch.zeros(len(COUNT_NAMES), dtype=torch.float64)
+    for batch in micro_batches:
+        total += torch.tensor(_counts_of_one(batch), dtype=torch.float64)
+    return total
+
+
+def _counts_of_one(batch: Batch) -> list[float]:
+    weight_T = batch.token_weight_BS.flatten()[batch.counted_T].double()
+    tokens = float(weight_T.sum())
+    translation = batch.translation
+    if translation is None:
+        lengths = [segment.length for row in batch.segments for segment in row]
+        return [tokens, tokens, 0.0, float(sum(lengths)), float(sum(length > 1 for length in lengths))]
+    signal = float(weight_T[translation.signal_T >= 0].sum())
+    spans = float(weight_T[translation.span_first_T].sum())
+    assert batch.segment_BS is not None
+    width = batch.segment_BS.shape[1]
+    starts_G = translation.student_start_G
+    # A sample's identity: its row and its number there.
+    samples_G = (starts_G // width) * (width + 1) + batch.segment_BS.flatten()[starts_G]
+    groups = torch.unique(samples_G, return_counts=True)[1]
+    return [tokens, signal, spans, float(starts_G.numel()), float((groups > 1).sum())]
 
 
 @dataclass(frozen=True)
@@ -108,21 +193,125 @@ class VocabularyHead:
 
 
 @dataclass(frozen=True)
-class SignalRequest:
-    """What the active terms need of a teacher: the union over terms."""
+class TopKRequest:
+    """The teacher's `k` likeliest ids; `temperature` is the one the tail must be known at."""
 
-    distribution: bool = False
+    k: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class SampledRequest:
+    """`draws` ids per position from p^proposal_power, with importance weights; `seed` and the step decide them."""
+
+    draws: int
+    proposal_power: float = 1.0
+    temperature: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TapRequest:
+    """Layers (0 is the first) whose output, or whose attention's queries, keys and values, are captured."""
+
+    hidden: tuple[int, ...] = ()
+    attention: tuple[int, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.hidden or self.attention)
+
+
+@dataclass(frozen=True)
+class SignalRequest:
+    """What the active terms need of a teacher, the union over them; the whole `distribution`, less of it, or none."""
+
+    distribution: Literal["full"] | TopKRequest | SampledRequest | None = None
+    taps: TapRequest = TapRequest()
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What a layer's attention was computed from, after rotary embedding and per-head norms.
+
+    query_BHSd: (sequences, heads, positions, head width); key_BGSd, value_BGSd: (…, key heads, …), G divides H.
+    Scores are softcap(scale · query · keyᵀ); a query sees the last `window` positions (None: all before it).
+    """
+
+    query_BHSd: Tensor
+    key_BGSd: Tensor
+    value_BGSd: Tensor
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Captured activations by layer index: outputs (B, S, width) of decoder layers, and attention inputs."""
+
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)
+    attention: Mapping[int, AttentionInputs] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class HiddenSignal:
-    """Last hidden states and the teacher's head: a full distribution without logits."""
+    """Last hidden states and the teacher's head: a full distribution without logits.
+
+    The counted token i reads row `rows_T[i]` of the flattened hidden states (None: the student's own flat position),
+    and has a signal where `present_T[i]` (None: everywhere).
+    """
 
     hidden_BSE: Tensor
     head: VocabularyHead
+    rows_T: Tensor | None = None
+    present_T: Tensor | None = None
+    taps: Taps = Taps()
 
 
-TeacherSignal = HiddenSignal
+@dataclass(frozen=True)
+class TopKSignal:
+    """K ids with log-probabilities and the log of the mass that is left, for each counted token, at temperature 1.
+
+    ids_TK: int64, in the student's vocabulary; an entry with `logp_TK` = −inf is empty, the first one never. Ids of one
+    row differ. vocab_size: ids that both models have (None: all of the student's).
+    tail_T: log(1 − Σ p). tempered_tail_T: log Σ_tail p^(1/temperature) for the objective's temperature (at
+    temperature 1 the same). present_T: where there is a signal (None: everywhere). scored_logp_L: the teacher's
+    log-probability of each scored group of a translation.
+    """
+
+    ids_TK: Tensor
+    logp_TK: Tensor
+    tail_T: Tensor
+    tempered_tail_T: Tensor
+    vocab_size: int | None = None
+    present_T: Tensor | None = None
+    scored_logp_L: Tensor | None = None
+    taps: Taps = Taps()
+
+
+@dataclass(frozen=True)
+class SampledSignal:
+    """Drawn ids and importance weights, for each counted token: Σ_k weight_k · onehot(id_k) has the mean p.
+
+    p is the distribution at the objective's temperature. ids_TK: int64, may repeat; logp_TK: log p of each.
+    """
+
+    ids_TK: Tensor
+    weight_TK: Tensor
+    logp_TK: Tensor
+    vocab_size: int | None = None
+    taps: Taps = Taps()
+
+
+@dataclass(frozen=True)
+class TapSignal:
+    """Captured activations alone."""
+
+    taps: Taps
+
+
+Distribution = HiddenSignal | TopKSignal | SampledSignal
+TeacherSignal = Distribution | TapSignal
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def hidden_and_residency(*, folder: str, precision: str = "fp32") -> dict:
     load_pretrained(model, folder=Path(folder), rank=dist.get_rank())
     decoder = Decoder(model=model)
     engine = FrozenEngine(module=decoder, ds_config=ds_config(precision=precision))
-    hidden = [engine(batch=join_rows(make_rows(count=2, packed=True))) for _ in range(3)][-1]
+    hidden = [engine(batch=join_rows(make_rows(count=2, packed=True)))["last"] for _ in range(3)][-1]
     held = resident_bytes(decoder)
     engine.close()
     return {"hidden": hidden.float(), "held": held, "inv_freq": model.model.rotary_emb.inv_freq.dtype}

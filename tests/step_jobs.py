@@ -12,8 +12,9 @@ from tiny import join_rows, make_rows
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.train import OptimConfig, TrainConfig
 from largekd.contracts import Batch
-from largekd.distillation.model import DistillModel
-from largekd.distillation.step import step_scales, train_step
+from largekd.distillation.builder import build_distill_model
+from largekd.distillation.layers import decoder_shape
+from largekd.distillation.step import StepSetting, step_scales, train_step
 from largekd.engine.ds_config import frozen_ds_config, train_ds_config
 from largekd.engine.frozen import FrozenEngine
 from largekd.engine.train import TrainEngine
@@ -21,11 +22,14 @@ from largekd.models.build import build_model, load_pretrained
 from largekd.models.decoder import Decoder, enable_checkpointing
 from largekd.models.source import read_config
 from largekd.monitoring.timers import Timers
-from largekd.objectives.terms import build_terms, request_of
-from largekd.objectives.vocabulary import VocabularyPass
+from largekd.objectives.alignment import Alignment
+from largekd.objectives.layer_maps import pair_layers
+from largekd.objectives.selection import TokenSelection
+from largekd.objectives.terms import Objective, build_objective
 from largekd.optim.groups import build_groups
+from largekd.runtime.ranks import all_sum
 from largekd.sharding.accelerator import device
-from largekd.sharding.shards import gathered
+from largekd.sharding.shards import gathered, sharded_modules
 from largekd.teachers.online import OnlineTeacher
 
 OBJECTIVE = {
@@ -34,6 +38,7 @@ OBJECTIVE = {
     "divergences": [{"name": "forward_kl"}, {"name": "reverse_kl", "weight": 0.5}, {"name": "jsd", "mix": 0.3}],
     "chunk_tokens": 7,
 }
+SEED = 0
 ZERO3: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
 
@@ -44,8 +49,9 @@ class Side:
     engine: TrainEngine
     teacher: OnlineTeacher
     student: Decoder
-    terms: tuple
-    objective: ObjectiveConfig
+    objective: Objective
+    alignment: Alignment | None
+    selection: TokenSelection | None
 
     def close(self) -> None:
         self.teacher.close()
@@ -67,7 +73,9 @@ def build_side(
     clipping: float = 0.0,
     objective: dict | None = None,
     optim: dict | None = None,
+    alignment_noise: float = 0.0,
 ) -> Side:
+    """Both engines; `alignment_noise` is added to the alignment's weights, some of which start at zero."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     train = TrainConfig(
         global_batch_size=micro_batch_size * accumulation * ranks,
@@ -96,10 +104,13 @@ def build_side(
         decoders.append(Decoder(model=model))
     if checkpointing:
         enable_checkpointing(decoders[1].model)
-    settings = ObjectiveConfig.model_validate(objective or OBJECTIVE)
-    terms = build_terms(settings)
-    vocabulary = VocabularyPass(terms=terms, temperature=settings.temperature, chunk_tokens=settings.chunk_tokens)
-    module = DistillModel(student=decoders[1], vocabulary=vocabulary)
+    whole = build_objective(ObjectiveConfig.model_validate(objective or OBJECTIVE))
+    alignment = build_alignment(whole, teacher=decoders[0], student=decoders[1], ds_config=trained)
+    if alignment_noise:
+        _add_noise(alignment, deviation=alignment_noise)
+    chosen = whole.config.selection
+    selection = None if chosen is None else TokenSelection(chosen, device=device())
+    module = build_distill_model(whole, student=decoders[1], alignment=alignment, selection=selection)
     return Side(
         engine=TrainEngine(
             module=module, groups=build_groups(module.named_trainables(), config=optimizer), ds_config=trained
@@ -108,11 +119,40 @@ def build_side(
             engine=FrozenEngine(module=decoders[0], ds_config=frozen),
             decoder=decoders[0],
             gather_head_once=gather_head_once,
+            shared_ids=min(decoder.head_spec.vocab_size for decoder in decoders),
+            rank=rank,
         ),
         student=decoders[1],
-        terms=terms,
-        objective=settings,
+        objective=whole,
+        alignment=alignment,
+        selection=selection,
     )
+
+
+def build_alignment(objective: Objective, *, teacher: Decoder, student: Decoder, ds_config: dict) -> Alignment | None:
+    """As the builder does, with the pairs that the configuration names."""
+    if not objective.features and not objective.attention:
+        return None
+    depths = {
+        f"{side}_depth": d.model.config.num_hidden_layers for side, d in (("student", student), ("teacher", teacher))
+    }
+    pairs = {
+        entry.name: pair_layers(entry.layers, **depths, kept=None, key="objective")
+        for entry in (*objective.features, *objective.attention)
+    }
+    shapes = {
+        side: decoder_shape(decoder, side=side, pairs=pairs, objective=objective)
+        for side, decoder in (("student", student), ("teacher", teacher))
+    }
+    with sharded_modules(ds_config, seed=0):
+        return Alignment(objective, pairs=pairs, **shapes)
+
+
+def _add_noise(alignment: Alignment, *, deviation: float) -> None:
+    generator = torch.Generator().manual_seed(11)
+    for parameter in alignment.parameters():
+        with gathered([parameter], modifier_rank=0), torch.no_grad():
+            parameter.add_(deviation * torch.randn(parameter.shape, generator=generator))
 
 
 def own_micro_batches(*, rows: int, packed: bool, micro_batch_size: int, seed: int = 0, every: int = 1) -> list[Batch]:
@@ -124,19 +164,42 @@ def own_micro_batches(*, rows: int, packed: bool, micro_batch_size: int, seed: i
     return [join_rows(own[start : start + micro_batch_size]) for start in range(0, share, micro_batch_size)]
 
 
-def run_step(side: Side, batches: Sequence[Batch], *, lr: float = 0.0, measure: bool = False) -> tuple[Any, Any]:
-    scales = step_scales(batches, terms=side.terms, world_size=dist.get_world_size(), device=device())
+def run_step(
+    side: Side, batches: Sequence[Batch], *, step: int = 0, lr: float = 0.0, measure: bool = False, **options: Any
+) -> tuple[Any, Any]:
+    setting = StepSetting.at(objective=side.objective, alignment=side.alignment, step=step, max_steps=10, seed=SEED)
+    selection = side.selection
+    scales = step_scales(
+        batches,
+        objective=side.objective,
+        factors=setting.factors,
+        world_size=dist.get_world_size(),
+        device=device(),
+        kept_share=1.0 if selection is None else selection.expected_share,
+    )
     result = train_step(
         batches,
         scales=scales,
+        setting=setting,
         engine=side.engine,
         teacher=side.teacher,
-        request=request_of(side.terms),
         lr=lr,
         timers=Timers(),
         measure=measure,
+        limit=None if selection is None else selection.limit,
+        **options,
     )
+    if selection is not None:
+        selection.learn(result.extras["histogram"], reduce=all_sum)
     return scales, result
+
+
+def mean_loss(side: Side, *, scales: Any, result: Any, step: int = 0) -> float:
+    """The loss of a step over all ranks."""
+    sums = result.sums.double().clone()
+    dist.all_reduce(sums)
+    factors = torch.tensor(side.objective.factors(step=step, max_steps=10), dtype=torch.float64)
+    return float(torch.where(scales.counts > 0, factors * sums / scales.counts, 0.0).sum())
 
 
 def whole_weights(side: Side) -> dict[str, torch.Tensor]:
@@ -160,20 +223,17 @@ def gradient_of_step(
     step = side.engine.step
 
     def reading_step(*, lr: float) -> Any:
-        for name, parameter in side.student.model.named_parameters():
+        for name, parameter in side.engine.module.named_trainables():
             gradients[name] = safe_get_full_grad(parameter).float().clone()
         return step(lr=lr)
 
     side.engine.step = reading_step  # type: ignore[method-assign]
     scales, result = run_step(side, batches)
-    sums = result.sums.double().clone()
-    dist.all_reduce(sums)
-    weights = torch.tensor([term.weight for term in side.terms], dtype=torch.float64)
-    count = scales.label_tokens
+    loss, count = mean_loss(side, scales=scales, result=result), scales.label_tokens
     side.close()
     return {
         "gradients": gradients,
-        "loss": float((weights * sums).sum() / count) if count else 0.0,
+        "loss": loss,
         "count": float(count),
         "norm": result.outcome.grad_norm,
     }
@@ -186,13 +246,10 @@ def weights_after(
     share = rows // dist.get_world_size()
     side = build_side(micro_batch_size=micro_batch_size, accumulation=share // micro_batch_size, lr=lr, **build)
     losses, moved, before = [], [], whole_weights(side) if watch else {}
-    weights = torch.tensor([term.weight for term in side.terms], dtype=torch.float64)
     for step in range(steps):
         batches = own_micro_batches(rows=rows, packed=packed, micro_batch_size=micro_batch_size, seed=step)
-        scales, result = run_step(side, batches, lr=lr)
-        sums = result.sums.double().clone()
-        dist.all_reduce(sums)
-        losses.append(float((weights * sums).sum() / scales.label_tokens))
+        scales, result = run_step(side, batches, step=step, lr=lr)
+        losses.append(mean_loss(side, scales=scales, result=result, step=step))
         if watch:
             now = whole_weights(side)
             moved.append(max(float((now[name] - before[name]).abs().max()) for name in now))

@@ -12,7 +12,15 @@ LENGTH = 24
 
 
 def save_tiny_llama(
-    folder: Path, *, seed: int, layers: int = 2, hidden: int = 32, vocab: int = VOCAB, tied: bool = True
+    folder: Path,
+    *,
+    seed: int,
+    layers: int = 2,
+    hidden: int = 32,
+    vocab: int = VOCAB,
+    tied: bool = True,
+    heads: int = 4,
+    key_heads: int = 2,
 ) -> Path:
     """A random Llama in a Hugging Face folder; weights large enough that its distributions are far from uniform."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,8 +31,8 @@ def save_tiny_llama(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
         pad_token_id=2,

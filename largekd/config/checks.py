@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from largekd.config.objective_checks import check_objective
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError
 
@@ -40,24 +41,22 @@ def _student(config: RunConfig) -> Iterator[str]:
     student = config.student
     if student.model is None and student.config is None and student.teacher_layers is None:
         yield "student.model: set it, or student.config, or student.teacher_layers, otherwise there is no student"
-    layers = student.teacher_layers
-    if layers is not None and not layers:
-        yield "student.teacher_layers = []: name at least one layer of the teacher"
-    if layers and min(layers) < 0:
-        yield f"student.teacher_layers: {min(layers)} is not a layer; the first one is 0"
+    if student.layers is not None and student.model is None:
+        yield "student.layers: it names layers of student.model; set that, or student.teacher_layers"
+    for key, layers in (("student.teacher_layers", student.teacher_layers), ("student.layers", student.layers)):
+        if layers is not None and not layers:
+            yield f"{key} = []: name at least one layer"
+        if layers and min(layers) < 0:
+            yield f"{key}: {min(layers)} is not a layer; the first one is 0"
 
 
 def _objective(config: RunConfig) -> Iterator[str]:
-    objective = config.objective
-    counts = Counter(term.name for term in objective.divergences)
-    for name, count in counts.items():
-        if count > 1:
-            yield f"objective.divergences: {name} appears {count} times; give it once, with the sum of the weights"
-    if objective.alpha > 0 and not any(term.weight > 0 for term in objective.divergences):
-        yield (
-            f"objective.divergences: objective.alpha = {objective.alpha} needs one with a positive weight; "
-            "objective.alpha=0 trains on cross-entropy alone"
-        )
+    yield from check_objective(config.objective, student=config.student, plugins=config.plugins)
+    for index, plugin in enumerate(config.plugins):
+        if not plugin.strip():
+            yield f"plugins.{index} = {plugin!r}: must be a module's dotted name or the path of a .py file"
+        elif plugin in config.plugins[:index]:
+            yield f"plugins.{index} = {plugin!r}: is named twice"
 
 
 def _optim(config: RunConfig) -> Iterator[str]:

@@ -2,9 +2,20 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from largekd.config.common import Frozen
+
+
+class SpanWeightConfig(Frozen):
+    """Characters of assistant answers from `start` to `end`, every time they occur, and their tokens' weight."""
+
+    start: str = Field(min_length=1, description="Text that opens the span, such as <think> or ####.")
+    end: str | None = Field(
+        None, min_length=1, description="Text that closes it; null, or not found: the answer's end."
+    )
+    weight: float = Field(ge=0, description="Weight of its tokens; all others have 1.")
+    include_markers: bool = Field(True, description="Whether `start` and `end` have that weight too.")
 
 
 class SourceConfig(Frozen):
@@ -17,6 +28,13 @@ class SourceConfig(Frozen):
     messages_field: str = Field("messages", description="Column with chat messages; used when it exists.")
     loss_on: Literal["assistant", "all"] = Field("assistant", description="Chat tokens that carry the loss.")
     chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template.")
+    weight_field: str | None = Field(
+        None, description="Column with a weight per record, at least 0, on all of its tokens; null: all records have 1."
+    )
+    span_weights: tuple[SpanWeightConfig, ...] = Field(
+        (), description="Weights of parts of assistant answers; a later entry wins over an earlier one."
+    )
+    skip_samples: int = Field(0, ge=0, description="Leave out this many records at the beginning.")
     max_samples: int | None = Field(None, ge=1, description="Read no more than this many records.")
     max_bad_frac: float = Field(
         0.0, ge=0, le=1, description="Share of unusable records that is set aside; above it the run aborts."
@@ -26,6 +44,12 @@ class SourceConfig(Frozen):
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("span_weights", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        # Behind a validator of the whole record, strict mode no longer takes JSON's lists for tuples.
+        return tuple(value) if isinstance(value, list) else value
 
 
 class DataConfig(Frozen):
@@ -42,5 +66,6 @@ class EvalConfig(Frozen):
     """When and how much to evaluate."""
 
     every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after training.")
+    before: bool = Field(True, description="Evaluate before the first step too.")
     max_rows: int | None = Field(None, ge=1, description="Evaluate this many rows; null: all.")
     micro_batch_size: int | None = Field(None, ge=1, description="Rows per forward; null: train.micro_batch_size.")

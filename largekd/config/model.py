@@ -31,6 +31,9 @@ class StudentConfig(SourceModelConfig):
     """The trainable student: `model`, else `config`, else the teacher's layers."""
 
     model: str | None = Field(None, description="Hugging Face folder or hub name; replaces the two keys below.")
+    layers: tuple[int, ...] | None = Field(
+        None, description="Indices of the layers of `model` that are kept; null: all of them."
+    )
     config: str | None = Field(None, description="Hugging Face config.json (or its folder): random initialisation.")
     teacher_layers: tuple[int, ...] | None = Field(
         None, description="Indices of the teacher's layers that the student starts from; embeddings and norm too."

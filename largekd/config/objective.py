@@ -1,44 +1,34 @@
-"""What the student is asked to match: (1 - alpha) * CE + alpha * temperature^2 * sum of weighted divergences."""
-
-from typing import Annotated, Literal
+"""What the student is asked to match: (1 - alpha) * CE + alpha * temperature^2 * divergences + alignment terms."""
 
 from pydantic import Field
 
+from largekd.config.alignment import AttentionConfig, FeatureConfig
 from largekd.config.common import Frozen
-
-
-class ForwardKLConfig(Frozen):
-    """KL(teacher || student)."""
-
-    name: Literal["forward_kl"]
-    weight: float = Field(1.0, ge=0, description="Factor inside the sum of divergences.")
-
-
-class ReverseKLConfig(Frozen):
-    """KL(student || teacher)."""
-
-    name: Literal["reverse_kl"]
-    weight: float = Field(1.0, ge=0, description="Factor inside the sum of divergences.")
-
-
-class JSDConfig(Frozen):
-    """mix * KL(teacher || m) + (1 - mix) * KL(student || m) with m = mix * teacher + (1 - mix) * student."""
-
-    name: Literal["jsd"]
-    weight: float = Field(1.0, ge=0, description="Factor inside the sum of divergences.")
-    mix: float = Field(0.5, gt=0, lt=1, description="The teacher's share in the mixture.")
-
-
-DivergenceConfig = Annotated[ForwardKLConfig | ReverseKLConfig | JSDConfig, Field(discriminator="name")]
+from largekd.config.divergence import (
+    DivergenceConfig,
+    ForwardKLConfig,
+    FullSignalConfig,
+    SelectionConfig,
+    SignalConfig,
+    TranslationConfig,
+)
+from largekd.config.schedule import Scheduled
 
 
 class ObjectiveConfig(Frozen):
-    """The blend of terms, all evaluated in one pass over the student's logits."""
+    """The blend of terms; those over the vocabulary are evaluated in one pass over the student's logits."""
 
-    alpha: float = Field(0.5, ge=0, le=1, description="Share of the divergences; 1 - alpha goes to cross-entropy.")
-    temperature: float = Field(1.0, gt=0, description="Divides both models' logits in the divergences.")
+    alpha: Scheduled = Field(0.5, description="Share of the divergences; 1 - alpha goes to cross-entropy.")
+    temperature: Scheduled = Field(1.0, description="Divides both models' logits in the divergences.")
     divergences: tuple[DivergenceConfig, ...] = Field(
         (ForwardKLConfig(name="forward_kl"),), description="The distillation terms."
     )
+    signal: SignalConfig = Field(default_factory=FullSignalConfig, description="How much of the teacher is read.")
+    selection: SelectionConfig | None = Field(None, description="Tokens that the divergences use; null: all.")
+    translation: TranslationConfig | None = Field(
+        None, description="For a teacher with another tokenizer; null: the tokenizers must be the same."
+    )
+    features: tuple[FeatureConfig, ...] = Field((), description="Alignment of hidden states.")
+    attention: tuple[AttentionConfig, ...] = Field((), description="Alignment of attention.")
     chunk_tokens: int = Field(512, ge=1, description="Tokens whose logits exist at one time.")
     compile: bool = Field(False, description="Compile the row function of the vocabulary pass (torch.compile).")

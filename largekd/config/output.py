@@ -28,6 +28,9 @@ class LogConfig(Frozen):
 
     every_steps: int = Field(1, ge=1, description="Steps between two records in metrics.jsonl and TensorBoard.")
     health_every_steps: int = Field(10, ge=0, description="Steps between KD health figures; 0: only in evaluation.")
+    term_gradients: bool = Field(
+        False, description="With the health figures, also the norm of each term's gradient; one more pass per term."
+    )
     tensorboard: bool = Field(True, description="Write TensorBoard event files.")
     progress: bool = Field(True, description="Show a progress bar on rank 0.")
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe message shown.")

@@ -98,6 +98,8 @@ def _real_path(location: Sequence[str | int], *, data: Any, missing: bool) -> li
         is_last = depth == len(location) - 1
         if isinstance(here, Mapping) and part not in here and not (is_last and missing):
             continue
+        if path and not isinstance(here, Mapping | list | tuple):
+            continue
         path.append(part)
         if isinstance(here, Mapping):
             here = here.get(part)

@@ -20,6 +20,9 @@ class RunConfig(Frozen):
     train: TrainConfig
     optim: OptimConfig = Field(default_factory=OptimConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    plugins: tuple[str, ...] = Field(
+        (), description="Python modules (dotted name, or path of a .py file) with TERMS = {name: function}."
+    )
     eval: EvalConfig = Field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)

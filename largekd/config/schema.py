@@ -51,7 +51,7 @@ def run_keys(record: type[BaseModel] = RunConfig, *, prefix: str = "") -> Iterat
         dotted = f"{prefix}{name}"
         inner = records_in(field.annotation)
         in_list = _is_sequence(field.annotation)
-        if not inner or in_list:
+        if not inner or in_list or _may_be_plain(field.annotation):
             yield Key(dotted, _kind(field.annotation), _default(field), field.description or "")
         elif not field.is_required() and field.get_default(call_default_factory=True) is None:
             yield Key(dotted, "mapping", "null", field.description or "")
@@ -63,19 +63,36 @@ def key_reference(*, width: int = 100) -> str:
     """All keys as text for a terminal, one group per top-level key; a record that appears again is referred to."""
     lines: list[str] = []
     for group, field in RunConfig.model_fields.items():
-        (record,) = records_in(field.annotation)
+        inner = records_in(field.annotation)
+        if not inner:
+            lines += ["", *_entry(Key(group, _kind(field.annotation), _default(field), field.description or ""), width)]
+            continue
+        (record,) = inner
         lines += ["", f"{group}: {(record.__doc__ or '').strip()}"]
-        repeated = _repeated(record, prefix=f"{group}.")
+        repeated = _repeated(record, prefix=f"{group}.", first={})
+        told: set[str] = set()
         for key in run_keys(record, prefix=f"{group}."):
-            if any(key.name.startswith(f"{again}.") for again in repeated):
-                continue
-            kind = f"as {repeated[key.name]}" if key.name in repeated else key.kind
-            note = "required" if key.default is None else f"default {key.default}"
-            lines.append(f"  {key.name}  ({kind}; {note})")
-            if key.description:
-                indent = " " * (2 + _INDENT)
-                lines += textwrap.wrap(key.description, width=width, initial_indent=indent, subsequent_indent=indent)
+            again = next((name for name in repeated if key.name.startswith(f"{name}.")), None)
+            if again is None:
+                told.add(key.name)
+                known = repeated.get(key.name)
+                lines += _entry(replace(key, kind=f"as {known}") if known else key, width)
+            elif again not in told:
+                told.add(again)
+                lines.append(f"  {again}  (as {repeated[again]})")
     return "\n".join(lines[1:])
+
+
+def _entry(key: Key, width: int) -> list[str]:
+    """A key with its kind and default, and below it what it means."""
+    note = "required" if key.default is None else f"default {key.default}"
+    indent = " " * (2 + _INDENT)
+    return [
+        *textwrap.wrap(
+            f"{key.name}  ({key.kind}; {note})", width=width, initial_indent="  ", subsequent_indent=indent + "  "
+        ),
+        *textwrap.wrap(key.description, width=width, initial_indent=indent, subsequent_indent=indent),
+    ]
 
 
 def json_schema() -> dict[str, Any]:
@@ -105,17 +122,28 @@ def _merged(keys: Sequence[Key]) -> list[Key]:
     return list(merged.values())
 
 
-def _repeated(record: type[BaseModel], *, prefix: str) -> dict[str, str]:
-    """Key -> an earlier key that holds the same record."""
-    first: dict[tuple[type[BaseModel], ...], str] = {}
+def _repeated(record: type[BaseModel], *, prefix: str, first: dict[tuple[type[BaseModel], ...], str]) -> dict[str, str]:
+    """Key -> an earlier key that holds the same record; `first` gains the keys that are the earlier ones."""
     repeated: dict[str, str] = {}
     for name, field in record.model_fields.items():
         inner = records_in(field.annotation)
-        if inner and inner in first:
-            repeated[f"{prefix}{name}"] = first[inner]
-        elif inner:
-            first[inner] = f"{prefix}{name}"
+        dotted = f"{prefix}{name}"
+        if not inner:
+            continue
+        if first.setdefault(inner, dotted) != dotted:
+            repeated[dotted] = first[inner]
+            continue
+        below = f"{dotted}.*." if _is_sequence(field.annotation) else f"{dotted}."
+        for candidate in inner:
+            repeated |= _repeated(candidate, prefix=below, first=first)
     return repeated
+
+
+def _may_be_plain(annotation: Any) -> bool:
+    """Whether a value of this type may be a number or text instead of a record."""
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _may_be_plain(typing.get_args(annotation)[0])
+    return annotation in _KINDS or (_is_union(annotation) and any(map(_may_be_plain, typing.get_args(annotation))))
 
 
 def _is_sequence(annotation: Any) -> bool:
@@ -140,10 +168,15 @@ def _kind(annotation: Any) -> str:
         kinds = [_kind(inner) for inner in arguments if inner is not types.NoneType]
         return " | ".join(dict.fromkeys(kinds))
     if origin is tuple:
-        if arguments[-1] is Ellipsis:
-            return f"list of {_kind(arguments[0])}s"
-        return f"list of {len(arguments)} {_kind(arguments[0])}s"
+        count = "" if arguments[-1] is Ellipsis else f"{len(arguments)} "
+        return f"list of {count}{_plural(_kind(arguments[0]))}"
     return "mapping"
+
+
+def _plural(kind: str) -> str:
+    if kind.startswith("list of "):
+        return kind.replace("list", "lists", 1)
+    return f"({kind})" if " | " in kind else f"{kind}s"
 
 
 def _default(field: FieldInfo) -> str | None:

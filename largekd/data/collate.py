@@ -12,10 +12,9 @@ from numpy.typing import NDArray
 from largekd.contracts import IGNORE_LABEL, Batch, Segment
 from largekd.data.packing import Row
 from largekd.data.store import SampleStore
+from largekd.data.translation import WIDTH_MULTIPLE, translate
 
 FILL_ID = 0
-# Padded widths are multiples of this: fewer distinct shapes, and matrix units prefer them.
-WIDTH_MULTIPLE = 8
 
 
 def collate(rows: Sequence[Row], *, samples: SampleStore, sequence_length: int, packing: bool) -> Batch:
@@ -24,6 +23,7 @@ def collate(rows: Sequence[Row], *, samples: SampleStore, sequence_length: int, 
     Packed: every row has `sequence_length` positions, `position_ids_BS` restart in every segment and in the tail, and
     there is no mask. Padded: rows are as wide as the longest, rounded up to a multiple of 8, and `attention_mask_BS`
     marks real positions; a filler row's mask is all ones, because attention over nothing is not a number.
+    Samples that hold the teacher's tokens give a batch with a `translation`.
     """
     width = sequence_length if packing else _padded_width(rows, sequence_length=sequence_length)
     shape = (len(rows), width)
@@ -32,12 +32,14 @@ def collate(rows: Sequence[Row], *, samples: SampleStore, sequence_length: int, 
     weights = np.zeros(shape, np.float32)
     positions = np.zeros(shape, np.int64)
     mask = np.zeros(shape, np.int64)
+    numbers = np.zeros(shape, np.int32)
     for place, row in enumerate(rows):
         used = 0
-        for segment in row:
+        for number, segment in enumerate(row, start=1):
             _write(segment, samples=samples, ids=ids[place], labels=labels[place], weights=weights[place])
             used = segment.offset + segment.length
             positions[place, segment.offset : used] = np.arange(segment.length)
+            numbers[place, segment.offset : used] = number
         positions[place, used:] = np.arange(width - used)
         mask[place, : used or width] = 1
     counted = np.flatnonzero((labels != IGNORE_LABEL) & (weights > 0))
@@ -49,6 +51,8 @@ def collate(rows: Sequence[Row], *, samples: SampleStore, sequence_length: int, 
         attention_mask_BS=None if packing else torch.from_numpy(mask),
         position_ids_BS=torch.from_numpy(positions) if packing else None,
         segments=tuple(rows),
+        segment_BS=torch.from_numpy(numbers),
+        translation=translate(rows, samples=samples, width=width, counted_T=counted) if samples.is_translated else None,
     )
 
 
@@ -72,4 +76,7 @@ def _write(
     ids[place] = tokens[:-1]
     labels[place] = tokens[1:] if mask is None else np.where(mask[1:], tokens[1:], IGNORE_LABEL)
     weights[place] = samples.weights[segment.sample_id]
+    of_tokens = samples.token_weights(segment.sample_id)
+    if of_tokens is not None:
+        weights[place] *= of_tokens[1:]
     weights[place][labels[place] == IGNORE_LABEL] = 0

@@ -27,14 +27,29 @@ class Raw:
 
 
 def stream_records(
-    *, files: tuple[str, ...], text_field: str, messages_field: str, max_samples: int | None
-) -> Iterator[dict[str, str | None]]:
-    """Rows of the columns `text`, `messages` (as JSON), `origin` and `problem`, at most `max_samples` of them."""
-    for raw in islice(stream_raw(files=files, text_field=text_field), max_samples):
+    *,
+    files: tuple[str, ...],
+    text_field: str,
+    messages_field: str,
+    max_samples: int | None,
+    skip_samples: int = 0,
+    weight_field: str | None = None,
+) -> Iterator[dict[str, str | float | None]]:
+    """Rows of the columns `text`, `messages` (as JSON), `origin` and `problem`, at most `max_samples` of them
+    after the first `skip_samples`.
+
+    With `weight_field` also `weight`; one that is no number is the record's problem, a missing one is None.
+    """
+    stop = None if max_samples is None else skip_samples + max_samples
+    for raw in islice(stream_raw(files=files, text_field=text_field), skip_samples, stop):
         text, messages, problem = None, None, raw.problem
         if not problem:
             text, messages, problem = _select(raw.value, text_field=text_field, messages_field=messages_field)
-        yield {"text": text, "messages": messages, "origin": raw.origin, "problem": problem}
+        weight: dict[str, float | None] = {}
+        if weight_field is not None:
+            weight["weight"], wrong = _number(raw.value, field=weight_field)
+            problem = problem or wrong
+        yield {"text": text, "messages": messages, "origin": raw.origin, "problem": problem, **weight}
 
 
 def stream_raw(*, files: tuple[str, ...], text_field: str) -> Iterator[Raw]:
@@ -112,3 +127,16 @@ def _select(value: Any, *, text_field: str, messages_field: str) -> tuple[str | 
     except UnicodeEncodeError:
         return None, None, f"{text_field!r} holds half of a surrogate pair, which is not a character"
     return text, None, ""
+
+
+def _number(value: Any, *, field: str) -> tuple[float | None, str]:
+    """The number in column `field`, and the problem if something else is there."""
+    found = value.get(field) if isinstance(value, dict) else None
+    if found is None:
+        return None, ""
+    if isinstance(found, bool) or not isinstance(found, int | float):
+        return None, f"column {field!r} holds a {type(found).__name__}, expected a number of at least 0"
+    try:
+        return float(found), ""
+    except OverflowError:
+        return None, f"column {field!r} holds a number that is too large"

@@ -17,12 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from largekd.config.data import SourceConfig
 from largekd.data.quarantine import BadRecord, Quarantine, UnusableRecordError
 from largekd.data.sources import Records, read_records
+from largekd.data.spans import Alignment
 from largekd.data.store import SampleStore
-from largekd.data.templates import ChatEncoder, load_template
-from largekd.errors import DataError
+from largekd.data.templates import ChatEncoder, Conversation, load_template
+from largekd.data.token_weights import TokenWeights
+from largekd.data.translator import Translator
+from largekd.data.vocabulary import document_affixes, tokenizer_fingerprint
 
 # Part of the cache key: raise it when the same records and settings would give different samples.
-TOKENIZATION_VERSION = 1
+TOKENIZATION_VERSION = 2
 FEATURES = Features(
     {
         "ids": List(Value("int32")),
@@ -34,6 +37,10 @@ FEATURES = Features(
         "reason": Value("string"),
     }
 )
+# Columns that exist only where they are asked for; groups are (student from, to, teacher from, to), flat.
+TRANSLATED = {"teacher_ids": List(Value("int32")), "groups": List(Value("int32"))}
+WEIGHTED = {"token_weights": List(Value("float32"))}
+OPTIONAL = {**TRANSLATED, **WEIGHTED}
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ def load_samples(
     num_proc: int | None = None,
     first: Callable[[], AbstractContextManager[Any]] = nullcontext,
     key: str = "data.train",
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_vocab_size: int | None = None,
 ) -> LoadedSamples:
     """Reads and tokenizes `source`; the result is cached by `datasets` and memory-mapped.
 
@@ -64,10 +73,18 @@ def load_samples(
         first: makes a context in which one process of each host runs alone before the others enter, so that one
             tokenizes and the others find its cache. If the first fails, the others must be let in to fail alike.
         key: configuration key of this source, named in messages.
+        teacher_tokenizer: where it differs from `tokenizer`: samples then also hold the teacher's tokens of the same
+            text, and the groups of tokens that spell the same bytes. What the student's tokens are cut to decides.
+        teacher_vocab_size: ids of the teacher from here on make a record unusable; None: all can be used.
 
     Raises:
-        DataError: as `read_records`; or unusable records beyond `source.max_bad_frac`.
+        DataError: as `read_records`; unusable records beyond `source.max_bad_frac`; a slow tokenizer where texts are
+            translated or their parts weighted.
     """
+    translator = None
+    if teacher_tokenizer is not None:
+        translator = Translator(student=tokenizer, teacher=teacher_tokenizer, teacher_vocab_size=teacher_vocab_size)
+    weights = TokenWeights(tokenizer, entries=source.span_weights, key=key) if source.span_weights else None
     with first():
         records = read_records(source, key=key)
         tokenize = _Tokenize(
@@ -75,6 +92,9 @@ def load_samples(
             chat=_chat_encoder(source, tokenizer=tokenizer, key=key),
             sequence_length=sequence_length,
             vocab_size=vocab_size,
+            weight_field=source.weight_field,
+            translator=translator,
+            token_weights=weights,
             no_template=f"the tokenizer has no chat template: set {key}.chat_template to a Jinja file",
         )
         dataset = _mapped(records.dataset, tokenize=tokenize, num_proc=num_proc)
@@ -95,7 +115,7 @@ def _mapped(records: Dataset, *, tokenize: "_Tokenize", num_proc: int | None) ->
         batch_size=256,
         with_indices=True,
         remove_columns=records.column_names,
-        features=FEATURES,
+        features=tokenize.features,
         num_proc=num_proc if num_proc and num_proc > 1 else None,
         new_fingerprint=hashlib.sha256(settings.encode()).hexdigest()[:32],
         desc="tokenize",
@@ -129,50 +149,83 @@ class _Tokenize:
     sequence_length: int
     vocab_size: int
     no_template: str
+    weight_field: str | None = None
+    translator: Translator | None = None
+    token_weights: TokenWeights | None = None
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
-        rows: dict[str, list[Any]] = {name: [] for name in FEATURES}
+        rows: dict[str, list[Any]] = {name: [] for name in self.features}
         documents = self._encode_texts(batch.get("text"))
         for place, record in enumerate(indices):
             try:
-                for row in self._samples(batch, place=place, text_ids=documents.get(place)):
-                    _append(rows, record=record, **row)
+                if "problem" in batch and batch["problem"][place]:
+                    raise UnusableRecordError(batch["problem"][place])
+                weight = self._weight(batch, place=place)
+                for row in self._samples(batch, place=place, document=documents.get(place)):
+                    _append(rows, record=record, weight=weight, **row)
             except UnusableRecordError as error:
                 _append(rows, record=record, reason=str(error))
         return rows
 
-    def _encode_texts(self, texts: list[Any] | None) -> dict[int, list[int]]:
+    @property
+    def features(self) -> Features:
+        """The columns of the rows: those of FEATURES and what this source's settings add."""
+        extra = {**(TRANSLATED if self.translator else {}), **(WEIGHTED if self.token_weights else {})}
+        return Features({**FEATURES, **extra}) if extra else FEATURES
+
+    def _encode_texts(self, texts: list[Any] | None) -> dict[int, "_Document"]:
         """Ids of each usable text, all tokenized in one call, which a fast tokenizer spreads over threads."""
         places = [place for place, text in enumerate(texts or ()) if isinstance(text, str) and text.strip()]
         if not places or texts is None:
             return {}
+        chosen = [texts[place] for place in places]
         encoded = self.tokenizer(
-            [texts[place] for place in places], add_special_tokens=False, return_attention_mask=False, verbose=False
+            chosen,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_offsets_mapping=self.translator is not None,
+            verbose=False,
         )
-        return dict(zip(places, encoded["input_ids"], strict=True))
+        ids = encoded["input_ids"]
+        if self.translator is None:
+            return {place: _Document(ids=own) for place, own in zip(places, ids, strict=True)}
+        aligned = self.translator.align(chosen, ids=ids, offsets=encoded["offset_mapping"])
+        pairs = zip(ids, aligned, strict=True)
+        return {place: _Document(*pair) for place, pair in zip(places, pairs, strict=True)}
+
+    def _weight(self, batch: dict[str, list[Any]], *, place: int) -> float:
+        if self.weight_field is None:
+            return 1.0
+        value = batch["weight"][place]
+        if value is None or not 0 <= value < float("inf"):
+            found = "nothing" if value is None else str(value)
+            raise UnusableRecordError(f"column {self.weight_field!r} holds {found}, expected a number of at least 0")
+        return float(value)
 
     def _samples(
-        self, batch: dict[str, list[Any]], *, place: int, text_ids: list[int] | None
+        self, batch: dict[str, list[Any]], *, place: int, document: "_Document | None"
     ) -> Iterator[dict[str, Any]]:
-        problem = batch["problem"][place] if "problem" in batch else ""
-        if problem:
-            raise UnusableRecordError(problem)
         messages = batch["messages"][place] if "messages" in batch else None
         if messages is not None:
             yield self._conversation(messages)
-        elif text_ids is None:
+        elif document is None:
             text = batch["text"][place] if "text" in batch else None
             raise UnusableRecordError("has empty text" if isinstance(text, str) else "has no text")
         else:
-            yield from self._document(text_ids)
+            yield from self._pieces(document)
 
-    def _document(self, text_ids: list[int]) -> Iterator[dict[str, Any]]:
+    def _pieces(self, document: "_Document") -> Iterator[dict[str, Any]]:
         """Pieces that share one token, so that every token but the document's first is predicted exactly once."""
         prefix, suffix = self._affixes
-        ids = np.array([*prefix, *text_ids, *suffix], np.int32)
+        ids = np.array([*prefix, *document.ids, *suffix], np.int32)
         self._check_vocabulary(ids)
+        aligned = None
+        if self.translator is not None and document.aligned is not None:
+            aligned = self.translator.document(document.aligned, student=(len(prefix), len(suffix)))
+            self.translator.check_vocabulary(aligned)
         for start in range(0, len(ids) - 1, self.sequence_length):
-            yield {"ids": ids[start : start + self.sequence_length + 1]}
+            stop = min(start + self.sequence_length + 1, len(ids))
+            yield {"ids": ids[start:stop], **_translated(aligned, start=start, stop=stop)}
 
     def _conversation(self, messages: Any) -> dict[str, Any]:
         if self.chat is None:
@@ -182,14 +235,27 @@ class _Tokenize:
                 messages = json.loads(messages)
             except json.JSONDecodeError as error:
                 raise UnusableRecordError(f"messages are not JSON: {error.msg} at column {error.colno}") from error
-        ids, mask = self.chat.encode(messages)
+        talk = self.chat.read(messages, locate=self.token_weights is not None)
+        ids, mask = talk.ids, talk.mask
         self._check_vocabulary(ids)
         limit = self.sequence_length + 1
         kept, learnt = ids[:limit], mask[:limit]
         if not learnt[1:].any():
             cut = f": the first answer starts beyond sequence_length = {self.sequence_length}" if mask.any() else ""
             raise UnusableRecordError(f"has no assistant token to learn{cut}")
-        return {"ids": kept, "label_mask": learnt, "truncated": len(ids) > limit}
+        return {"ids": kept, "label_mask": learnt, "truncated": len(ids) > limit, **self._extras(talk, stop=len(kept))}
+
+    def _extras(self, talk: Conversation, *, stop: int) -> dict[str, Any]:
+        """The optional columns of a conversation's first `stop` tokens."""
+        extras: dict[str, Any] = {}
+        if self.translator is not None:
+            assert talk.offsets is not None
+            (aligned,) = self.translator.align([talk.text], ids=[talk.ids], offsets=[talk.offsets])
+            self.translator.check_vocabulary(aligned)
+            extras |= _translated(aligned, start=0, stop=stop)
+        if self.token_weights is not None:
+            extras["token_weights"] = self.token_weights.of(talk)[:stop]
+        return extras
 
     def _check_vocabulary(self, ids: NDArray[np.int32]) -> None:
         if ids.size and int(ids.max()) >= self.vocab_size:
@@ -206,8 +272,27 @@ class _Tokenize:
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides which samples a record gives."""
         chat = (self.chat.template, self.chat.loss_on) if self.chat else None
-        settings = (TOKENIZATION_VERSION, chat, self.sequence_length, self.vocab_size, self.no_template)
+        settings = (
+            *(TOKENIZATION_VERSION, chat, self.sequence_length, self.vocab_size, self.no_template, self.weight_field),
+            self.translator and self.translator.fingerprint,
+            self.token_weights and self.token_weights.entries,
+        )
         return hashlib.sha256(f"{settings!r} {tokenizer_fingerprint(self.tokenizer)}".encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A text's ids without affixes, and where there is another tokenizer their alignment with its tokens."""
+
+    ids: list[int]
+    aligned: Alignment | None = None
+
+
+def _translated(aligned: Alignment | None, *, start: int, stop: int) -> dict[str, Any]:
+    if aligned is None:
+        return {}
+    piece = aligned.piece(start=start, stop=stop)
+    return {"teacher_ids": piece.teacher_ids, "groups": piece.groups.reshape(-1)}
 
 
 def _append(
@@ -216,46 +301,26 @@ def _append(
     record: int,
     ids: NDArray[np.int32] | None = None,
     label_mask: NDArray[np.uint8] | None = None,
+    weight: float = 1.0,
     truncated: bool = False,
     reason: str = "",
+    **extras: NDArray,
 ) -> None:
+    """Adds a row; `extras` are the optional columns, empty where there is no sample."""
     ids = np.zeros(0, np.int32) if ids is None else ids
     label_mask = np.zeros(0, np.uint8) if label_mask is None else label_mask
-    digest = hashlib.blake2b(ids.tobytes() + b"|" + label_mask.tobytes(), digest_size=8).digest()
+    contents: list[NDArray] = [ids, label_mask, *(extras[name] for name in sorted(extras))]
+    digest = hashlib.blake2b(b"|".join(content.tobytes() for content in contents), digest_size=8).digest()
     row = {
         "ids": ids,
         "label_mask": label_mask,
-        "weight": 1.0,
+        "weight": weight,
         "record": record,
         "digest": int.from_bytes(digest, "little", signed=True),
         "truncated": truncated,
         "reason": reason,
+        **extras,
     }
-    for name, value in row.items():
-        rows[name].append(value)
-
-
-def document_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids around a plain-text document: the begin token where this tokenizer adds one by itself, and the end token.
-
-    Raises:
-        DataError: the tokenizer names no end-of-text token.
-    """
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no eos_token, which ends a document: set it in tokenizer_config.json.")
-    # Many tokenizers name a begin token that their models never saw (SmolLM2: <|im_start|>).
-    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return [tokenizer.bos_token_id] if begins else [], [tokenizer.eos_token_id]
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what decides a text's ids; padding and truncation settings, which calls change, are left out."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        described = json.loads(backend.to_str())
-        described.pop("padding", None)
-        described.pop("truncation", None)
-    else:
-        described = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    described["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+    for name, values in rows.items():
+        # Only optional columns can be missing: of a bad record, or token weights of a document.
+        values.append(row[name] if name in row else np.zeros(0, OPTIONAL[name].feature.dtype))

@@ -108,17 +108,33 @@ def _load_lines(source: SourceConfig, *, files: tuple[Path, ...], key: str) -> D
             raise _empty(source, key=key)
         _check_columns(probed, source=source, key=key)
         stamps = [(str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        settings = (READER_VERSION, stamps, source.text_field, source.messages_field, source.max_samples)
+        settings: tuple[Any, ...] = (
+            READER_VERSION,
+            stamps,
+            source.text_field,
+            source.messages_field,
+            source.skip_samples,
+            source.max_samples,
+        )
         column = Value("large_string")  # one text file may exceed the 2 GiB that `string` can address
+        columns = {"text": column, "messages": column, "origin": column, "problem": column}
+        if source.weight_field is not None:
+            columns["weight"] = Value("float64")
+            settings = (*settings, source.weight_field)
+        # A generator that gives nothing is an error of the library's that names no file.
+        if next(islice(stream_raw(files=names, text_field=source.text_field), source.skip_samples, None), None) is None:
+            raise _empty(source, key=key)
         return Dataset.from_generator(
             stream_records,
-            features=Features({"text": column, "messages": column, "origin": column, "problem": column}),
+            features=Features(columns),
             # A tuple: the library would split a list of files into shards and call the reader once for each.
             gen_kwargs={
                 "files": names,
                 "text_field": source.text_field,
                 "messages_field": source.messages_field,
+                "skip_samples": source.skip_samples,
                 "max_samples": source.max_samples,
+                "weight_field": source.weight_field,
             },
             fingerprint=hashlib.sha256(repr(settings).encode()).hexdigest()[:32],
         )
@@ -148,7 +164,10 @@ def _load_hub(source: SourceConfig, *, key: str) -> Dataset:
 
 
 def _empty(source: SourceConfig, *, key: str) -> DataError:
-    return DataError(f"{key}: {source.path} is empty: no record was read. Point {key}.path to data with records.")
+    skipped = f" after the {source.skip_samples} of {key}.skip_samples" if source.skip_samples else ""
+    return DataError(
+        f"{key}: {source.path} is empty: no record was read{skipped}. Point {key}.path to data with records."
+    )
 
 
 def _explained(error: BaseException, *, source: SourceConfig, key: str) -> DataError:
@@ -160,16 +179,25 @@ def _explained(error: BaseException, *, source: SourceConfig, key: str) -> DataE
 
 
 def _two_columns(dataset: Dataset, *, source: SourceConfig, key: str) -> Dataset:
-    """`dataset` with its text and messages columns alone, under the names `text` and `messages`."""
+    """`dataset` with its text, messages and weight columns alone, under the names `text`, `messages` and `weight`."""
     features = dataset.features
     _check_columns([dict.fromkeys(features, "")], source=source, key=key)
     text = features.get(source.text_field)
     if source.messages_field not in features and getattr(text, "dtype", None) not in ("string", "large_string"):
         raise DataError(f"{key}: column {source.text_field!r} of {source.path} holds {text}, expected strings.")
     names = {source.text_field: "text", source.messages_field: "messages"}
+    if source.weight_field is not None:
+        weight = features.get(source.weight_field)
+        if not str(getattr(weight, "dtype", "")).startswith(("int", "uint", "float")):
+            found = "is missing" if weight is None else f"holds {weight}, expected numbers"
+            raise DataError(f"{key}.weight_field: column {source.weight_field!r} of {source.path} {found}.")
+        names[source.weight_field] = "weight"
     dataset = dataset.select_columns([name for name in names if name in features])
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old in features and old != new})
-    return dataset.select(range(min(source.max_samples or len(dataset), len(dataset))))
+    first = source.skip_samples
+    if first >= len(dataset):
+        raise _empty(source, key=key)
+    return dataset.select(range(first, min(first + (source.max_samples or len(dataset)), len(dataset))))
 
 
 def _check_columns(values: Iterable[Any], *, source: SourceConfig, key: str) -> None:

@@ -27,6 +27,11 @@ class SampleStore:
         self.lengths: NDArray[np.int64] = (self._ids.lengths - 1)[kept]
         self.weights: NDArray[np.float32] = table.column("weight").to_numpy()[kept]
         self.records: NDArray[np.int64] = table.column("record").to_numpy()[kept]
+        # Optional columns: the teacher's tokens where its tokenizer is another, weights of parts of answers.
+        named = set(table.column_names)
+        self._teacher_ids = _Ragged(table.column("teacher_ids")) if "teacher_ids" in named else None
+        self._groups = _Ragged(table.column("groups")) if "groups" in named else None
+        self._token_weights = _Ragged(table.column("token_weights")) if "token_weights" in named else None
         self._digests: NDArray[np.int64] = table.column("digest").to_numpy()[kept]
 
     def __len__(self) -> int:
@@ -40,6 +45,34 @@ class SampleStore:
         """For each of `ids`, 1 where it is a token to learn; None: all of them."""
         mask = self._masks[int(self._rows[sample])]
         return mask if mask.size else None
+
+    def token_weights(self, sample: int) -> NDArray[np.float32] | None:
+        """For each of `ids`, its weight within the sample; None: 1 for all of them."""
+        if self._token_weights is None:
+            return None
+        weights = self._token_weights[int(self._rows[sample])]
+        return weights if weights.size else None
+
+    @property
+    def is_translated(self) -> bool:
+        """Whether samples also hold the teacher's tokens and the groups of both."""
+        return self._teacher_ids is not None
+
+    @cached_property
+    def teacher_lengths(self) -> NDArray[np.int64]:
+        """Positions of each sample in the teacher's tokens, one less than it has tokens (0 for none)."""
+        assert self._teacher_ids is not None, "the samples were loaded without a teacher's tokenizer"
+        return np.maximum(self._teacher_ids.lengths - 1, 0)[self._rows]
+
+    def teacher_ids(self, sample: int) -> NDArray[np.int32]:
+        """The sample's text in the teacher's tokens: `teacher_lengths[sample]` + 1 ids, or none."""
+        assert self._teacher_ids is not None, "the samples were loaded without a teacher's tokenizer"
+        return self._teacher_ids[int(self._rows[sample])]
+
+    def groups(self, sample: int) -> NDArray[np.int32]:
+        """(G, 4), in order: places [0, 1) in `ids` and [2, 3) in `teacher_ids` that spell the same bytes."""
+        assert self._groups is not None, "the samples were loaded without a teacher's tokenizer"
+        return self._groups[int(self._rows[sample])].reshape(-1, 4)
 
     @cached_property
     def tokens(self) -> int:

@@ -52,6 +52,17 @@ def load_template(tokenizer: PreTrainedTokenizerBase, *, path: str | None, key: 
         raise DataError(f"{key}.chat_template = {path!r} cannot be read: {error}") from error
 
 
+class Conversation(NamedTuple):
+    """A rendered conversation: its ids, and 1 where a token is to be learnt; character offsets `[tokens, 2]` where the
+    tokenizer reports them; the characters of its answers, if they were located."""
+
+    text: str
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    offsets: NDArray[np.int64] | None = None
+    answers: tuple[Span, ...] = ()
+
+
 @dataclass(frozen=True)
 class ChatEncoder:
     """Turns one conversation into ids and a mask; `loss_on` says which tokens carry the loss."""
@@ -68,15 +79,23 @@ class ChatEncoder:
         Raises:
             UnusableRecordError: malformed messages, no assistant message, or answers that cannot be located.
         """
+        talk = self.read(messages)
+        return talk.ids, talk.mask
+
+    def read(self, messages: Any, *, locate: bool = False) -> Conversation:
+        """As `encode`, with the text; `locate`: find the answers even where all tokens are learnt."""
         checked = check_messages(messages)
         text = self._render(checked)
         ids, offsets = self._tokenize(text)
+        answered = any(message["role"] == "assistant" for message in checked)
         if self.loss_on == "all":
-            return ids, np.ones(len(ids), np.uint8)
-        if not any(message["role"] == "assistant" for message in checked):
+            answers = self._answers(checked, text=text) if locate and answered else ()
+            return Conversation(text, ids, np.ones(len(ids), np.uint8), offsets, tuple(answers))
+        if not answered:
             raise UnusableRecordError("has no assistant message, so no token to learn (loss_on: assistant)")
         mask = np.zeros(len(ids), np.uint8)
-        for span in self._answers(checked, text=text):
+        answers = self._answers(checked, text=text)
+        for span in answers:
             first, last = (
                 _tokens_of(span, text=text, offsets=offsets)
                 if offsets is not None
@@ -84,7 +103,7 @@ class ChatEncoder:
             )
             last = self._end_of_turn(text, span=span, ids=ids, offsets=offsets, tokens=(first, last))
             mask[first:last] = 1
-        return ids, mask
+        return Conversation(text, ids, mask, offsets, tuple(answers))
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:

@@ -1,9 +1,14 @@
-"""Tokenizers: loading them, and proof that teacher and student mean the same tokens by the same ids."""
+"""Tokenizers: loading and naming them, proof that two mean the same tokens by the same ids, and what two share."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from largekd.data.token_bytes import UNSPELLED, Surface
 from largekd.errors import DataError, TeacherError
 
 NAMED_DIFFERENCES = 5
@@ -73,6 +78,32 @@ def check_same_tokenizer(
     return shared
 
 
+def document_affixes(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Ids around a plain-text document: the begin token where this tokenizer adds one by itself, and the end token.
+
+    Raises:
+        DataError: the tokenizer names no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no eos_token, which ends a document: set it in tokenizer_config.json.")
+    # Many tokenizers name a begin token that their models never saw (SmolLM2: <|im_start|>).
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return [tokenizer.bos_token_id] if begins else [], [tokenizer.eos_token_id]
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what decides a text's ids; padding and truncation settings, which calls change, are left out."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        described = json.loads(backend.to_str())
+        described.pop("padding", None)
+        described.pop("truncation", None)
+    else:
+        described = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    described["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
 def _differences(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, *, shared: int) -> list[str]:
     theirs, own = _tokens_by_id(teacher), _tokens_by_id(student)
     added = teacher.added_tokens_decoder.keys() | student.added_tokens_decoder.keys()
@@ -92,3 +123,70 @@ def _tokens_by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 def _named(tokens: Mapping[int, str], place: int) -> str:
     return repr(tokens[place]) if place in tokens else "no token"
+
+
+def shared_tokens(
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    *,
+    teacher_vocab_size: int,
+    student_vocab_size: int,
+) -> NDArray[np.int64]:
+    """(W,) the student's id that spells exactly the bytes of each of the teacher's ids; −1: none.
+
+    No student id occurs twice. Special tokens are compared with special tokens (an added token with an added token),
+    never with the same characters in a text. The two end tokens belong together where neither has a namesake among
+    the other side's special tokens: with one, what a chat template writes decides.
+
+    Raises:
+        DataError: a slow tokenizer.
+    """
+    theirs = Surface(teacher, key="teacher.model")
+    own = Surface(student, key="student.model")
+    places = _places_by_bytes(own, limit=student_vocab_size)
+    mapping = np.full(teacher_vocab_size, -1, np.int64)
+    used: set[int] = set()
+    for place in _ordered(theirs, limit=teacher_vocab_size):
+        special, piece = bool(theirs.is_special[place]), theirs.pieces[place]
+        found = places.get((special, piece))
+        if found is None and place in theirs.added:
+            # One side calls <think> special, the other only adds it.
+            other = places.get((not special, piece))
+            found = other if other in own.added else None
+        if found is not None and found not in used:
+            mapping[place] = found
+            used.add(found)
+    ends = (teacher.eos_token_id, student.eos_token_id)
+    if None not in ends and ends[0] < teacher_vocab_size and ends[1] < student_vocab_size:
+        mapping[ends[0]] = ends[1] if mapping[ends[0]] < 0 and ends[1] not in used else mapping[ends[0]]
+    return mapping
+
+
+def describe_mapping(mapping: NDArray[np.int64], *, student_vocab_size: int) -> str:
+    """A line for the log: how much of both vocabularies a mapping of `shared_tokens` joins."""
+    found = int((mapping >= 0).sum())
+    return (
+        f"{found:,} tokens are in both vocabularies: {found / len(mapping):.1%} of the teacher's {len(mapping):,}, "
+        f"{found / student_vocab_size:.1%} of the student's {student_vocab_size:,}"
+    )
+
+
+def end_token_of(teacher: PreTrainedTokenizerBase, *, student: PreTrainedTokenizerBase) -> int | None:
+    """The teacher's id that ends a document of this student: the student's end token, if the teacher has it too."""
+    for place, token in teacher.added_tokens_decoder.items():
+        if token.content == student.eos_token:
+            return place
+    return teacher.eos_token_id
+
+
+def _places_by_bytes(surface: Surface, *, limit: int) -> dict[tuple[bool, bytes], int]:
+    places: dict[tuple[bool, bytes], int] = {}
+    for place in _ordered(surface, limit=limit):
+        places.setdefault((bool(surface.is_special[place]), surface.pieces[place]), place)
+    return places
+
+
+def _ordered(surface: Surface, *, limit: int) -> list[int]:
+    """Ids that spell something, <0xNN> tokens last: a text has them only where no other token will do."""
+    known = [place for place, piece in enumerate(surface.pieces[:limit]) if piece is not UNSPELLED and piece]
+    return sorted(known, key=lambda place: bool(surface.is_byte[place]))

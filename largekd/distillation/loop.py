@@ -9,7 +9,7 @@ from largekd.contracts import Batch, Progress
 from largekd.distillation.builder import Parts
 from largekd.distillation.journal import Journal
 from largekd.distillation.numerics import find_culprits
-from largekd.distillation.step import StepResult, step_scales, train_step
+from largekd.distillation.step import StepResult, StepSetting, step_scales, train_step
 from largekd.distillation.window import Window
 from largekd.errors import NumericsError
 from largekd.evaluation.heldout import evaluate
@@ -18,7 +18,7 @@ from largekd.monitoring.meters import Meters
 from largekd.monitoring.monitor import Monitor
 from largekd.monitoring.timers import Timers
 from largekd.optim.schedule import learning_rate
-from largekd.runtime.ranks import all_agree
+from largekd.runtime.ranks import all_agree, all_sum
 from largekd.runtime.shutdown import StopSignal
 from largekd.runtime.watchdog import Watchdog
 from largekd.sharding.accelerator import on_cpu, peak_memory_bytes
@@ -48,8 +48,8 @@ def run_steps(
 
     Errors: NumericsError after train.max_skipped_steps non-finite steps in a row; nothing is saved then.
     """
-    parts, config = trainer.parts, trainer.parts.config
-    window = Window(meters=trainer.meters, terms=parts.terms)
+    parts, config, selection = trainer.parts, trainer.parts.config, trainer.parts.selection
+    window = Window(meters=trainer.meters, objective=parts.objective)
     parts.engine.train()
     while True:
         started = time.perf_counter()
@@ -61,30 +61,44 @@ def run_steps(
         before = journal.progress
         trainer.watchdog.beat(f"step {before.step + 1}")
         batches = [batch.to(device=parts.device) for batch in micro_batches]
+        setting = StepSetting.at(
+            objective=parts.objective,
+            alignment=parts.alignment,
+            step=before.step,
+            max_steps=before.max_steps,
+            seed=config.train.seed,
+        )
         scales = step_scales(
             micro_batches,
-            terms=parts.terms,
+            objective=parts.objective,
+            factors=setting.factors,
             world_size=parts.ranks.world_size,
             device=parts.device,
             stop=trainer.stop.requested,
+            kept_share=1.0 if selection is None else selection.expected_share,
         )
+        is_health_step = trainer.monitor.is_health_step(before.step + 1)
         result = train_step(
             batches,
             scales=scales,
+            setting=setting,
             engine=parts.engine,
             teacher=parts.teacher,
-            request=parts.request,
             lr=learning_rate(step=before.step, max_steps=before.max_steps, config=config.optim),
             timers=trainer.timers,
-            measure=parts.request.distribution and trainer.monitor.is_health_step(before.step + 1),
+            measure=setting.request.distribution is not None and is_health_step,
+            limit=None if selection is None else selection.limit,
+            term_gradients=config.log.term_gradients and is_health_step,
         )
+        if selection is not None and result.outcome.applied:
+            selection.learn(result.extras["histogram"], reduce=all_sum)
         # The optimizer step has waited for the device already, so these reads cost nothing.
         tokens, stopping = round(float(scales.label_tokens)), float(scales.stop_votes) > 0
         seconds = time.perf_counter() - started
         journal.progress = _advance(before, applied=result.outcome.applied, tokens=tokens, seconds=seconds)
-        window.add(result=result, tokens=tokens, seconds=seconds)
+        window.add(result=result, scales=scales, setting=setting, tokens=tokens, seconds=seconds)
         _check_numerics(trainer, batches=batches, result=result, progress=journal.progress)
-        _report(trainer, window=window, progress=journal.progress, result=result)
+        _report(trainer, window=window, progress=journal.progress, result=result, setting=setting)
         last = journal.progress.step >= journal.progress.max_steps
         every = config.checkpoint.every_steps
         if not last and (stopping or (every and journal.progress.step % every == 0)):
@@ -112,7 +126,8 @@ def evaluate_now(trainer: Trainer) -> dict[str, float] | None:
         until_stopped(parts.evaluation_batches()),
         engine=parts.engine,
         teacher=parts.teacher,
-        n_terms=len(parts.terms),
+        request=parts.objective.evaluation_request,
+        n_terms=len(parts.objective.summands),
         device=parts.device,
     )
     return None if stopped else figures
@@ -147,7 +162,7 @@ def _check_numerics(trainer: Trainer, *, batches: Sequence[Batch], result: StepR
         )
 
 
-def _report(trainer: Trainer, *, window: Window, progress: Progress, result: StepResult) -> None:
+def _report(trainer: Trainer, *, window: Window, progress: Progress, result: StepResult, setting: StepSetting) -> None:
     """Evaluate and write the step's record, where they are due; all ranks take part in both."""
     step, config, parts = progress.step, trainer.parts.config, trainer.parts
     every = config.eval.every_steps
@@ -162,9 +177,11 @@ def _report(trainer: Trainer, *, window: Window, progress: Progress, result: Ste
         "tokens": float(progress.tokens),
         "optim/grad_norm": result.outcome.grad_norm,
         "optim/skipped_steps": float(progress.skipped_steps),
-        "schedule/alpha": config.objective.alpha,
-        "schedule/temperature": config.objective.temperature,
+        "schedule/alpha": parts.objective.alpha(step=step - 1, max_steps=progress.max_steps),
+        "schedule/temperature": setting.temperature,
     }
+    for summand, factor in zip(parts.objective.summands, setting.factors, strict=True):
+        values[f"schedule/factor/{summand.name}"] = factor
     values |= {f"optim/lr/{name}": rate for name, rate in parts.engine.learning_rates().items()}
     values |= memory_figures(accelerator_peak_bytes=None if on_cpu() else peak_memory_bytes)
     trainer.monitor.log(step=step, values=values)

@@ -2,46 +2,84 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
-from largekd.contracts import Batch, TeacherSignal
+from largekd.contracts import Batch, HiddenSignal, SampledSignal, TeacherSignal, TopKSignal
 from largekd.models.decoder import Decoder
+from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.vocabulary import VocabularyPass
 from largekd.sharding.shards import register_external
 
 _STUDENT_PREFIX = "student.model."
+_NO_PLAN = AlignmentPlan()
 
 
 class DistillModel(nn.Module):
-    """The student and the losses. Its forward gives a dict with the scalar `loss` and the terms' sums."""
+    """The student and the losses. Its forward gives a dict with the scalar `loss` and the terms' sums.
 
-    def __init__(self, *, student: Decoder, vocabulary: VocabularyPass) -> None:
+    Terms are ordered as the objective's summands: those of the vocabulary pass, then the alignment.
+    """
+
+    def __init__(self, *, student: Decoder, vocabulary: VocabularyPass, alignment: Alignment | None = None) -> None:
         super().__init__()
         self.student = student
         self.vocabulary = vocabulary
+        self.alignment = alignment
         for parameter in student.head_parameters:
             register_external(vocabulary, parameter)
 
     def forward(
-        self, *, batch: Batch, signal: TeacherSignal | None, scales: Tensor, measure: bool = False
+        self,
+        *,
+        batch: Batch,
+        signal: TeacherSignal | None,
+        scales: Tensor,
+        plan: AlignmentPlan = _NO_PLAN,
+        temperature: Tensor | None = None,
+        limit: Tensor | None = None,
+        measure: bool = False,
+        term_gradients: bool = False,
     ) -> dict[str, Tensor]:
-        """`scales[k]` multiplies the sum of term k; see VocabularyPass for what is returned."""
-        hidden_BSD = self.student(batch=batch)
-        spec = self.student.head_spec
-        return self.vocabulary(
-            hidden_BSD,
+        """`scales[n]` multiplies the sum of term n; see VocabularyPass for the other figures that are returned.
+
+        A plan without pairs leaves the alignment out; its sums are then 0. With `term_gradients` also
+        `alignment_squares`, which the backward pass fills with the squared norm of each alignment term's gradient with
+        respect to the student's captured activations.
+        """
+        outputs = self.student(batch=batch, taps=plan.student)
+        spec, terms = self.student.head_spec, len(self.vocabulary.terms)
+        results: dict[str, Tensor] = self.vocabulary(
+            outputs["last"],
             self.student.head_weight,
             self.student.head_bias,
             head_scale=spec.scale,
             softcap=spec.softcap,
             vocab_size=spec.vocab_size,
             batch=batch,
-            signal=signal,
-            scales=scales,
+            signal=signal if isinstance(signal, HiddenSignal | TopKSignal | SampledSignal) else None,
+            scales=scales[:terms],
+            temperature=temperature,
+            limit=limit,
             measure=measure,
+            term_gradients=term_gradients,
         )
+        if self.alignment is None:
+            return results
+        if not plan.pairs:
+            zeros = scales.new_zeros(len(scales) - terms)
+            return results | {"sums": torch.cat([results["sums"], zeros])}
+        assert signal is not None, "alignment needs the teacher's captured activations"
+        squares_N = scales.new_zeros(len(scales) - terms) if term_gradients else None
+        sums_N = self.alignment(self.student.taps_of(outputs), signal.taps, batch=batch, plan=plan, squares_N=squares_N)
+        results = results | {
+            "loss": results["loss"] + (sums_N * scales[terms:]).sum(),
+            "sums": torch.cat([results["sums"], sums_N.detach().to(results["sums"].dtype)]),
+        }
+        return results if squares_N is None else results | {"alignment_squares": squares_N}
 
     def named_trainables(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Parameters under the names that a user knows: the student's as in its Hugging Face checkpoint."""
+        """Parameters under the names that a user knows: the student's as in its Hugging Face checkpoint, those of
+        alignment terms as `alignment.terms.<term>.…`."""
         for name, parameter in self.named_parameters():
             yield name.removeprefix(_STUDENT_PREFIX), parameter

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from largekd.config.run import RunConfig
-from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer
+from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
 from largekd.errors import ConfigError
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
 from largekd.models.decoder import Decoder, enable_checkpointing
@@ -21,13 +23,19 @@ First = Callable[[], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Sources:
-    """What is known of both models before any weight is touched."""
+    """What is known of both models before any weight is touched.
+
+    With objective.translation `student_of_teacher` is (W,) the student's id of each of the teacher's, −1 where it has
+    none, and `shared_vocab_size` the student's own width.
+    """
 
     teacher: ModelFolder
     student: ModelFolder | None
     student_config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase
     shared_vocab_size: int
+    student_of_teacher: Tensor | None = None
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -47,6 +55,8 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     if config.student.model is not None:
         student = _find(config.student.model, config=config.student, key="student.model", first=first)
         student_config = student.config
+        if config.student.layers is not None:
+            student_config = config_with_layers(student.config, layers=config.student.layers, key="student.layers")
     elif config.student.config is not None:
         student_config = read_config(
             Path(config.student.config), key="student.config", trust_remote_code=config.student.trust_remote_code
@@ -57,20 +67,26 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     teacher_tokenizer = tokenizer
     if student is not None:
         tokenizer = load_tokenizer(str(student.path), trust_remote_code=student.trust_remote_code, key="student.model")
-    shared = check_same_tokenizer(
-        teacher_tokenizer,
-        tokenizer,
-        teacher_vocab_size=teacher.config.vocab_size,
-        student_vocab_size=student_config.vocab_size,
-    )
+    widths = {
+        "teacher_vocab_size": teacher.config.vocab_size,
+        "student_vocab_size": student_config.vocab_size,
+    }
+    student_of_teacher = None
+    if config.objective.translation is None:
+        shared = check_same_tokenizer(teacher_tokenizer, tokenizer, **widths)
+    else:
+        shared = student_config.vocab_size
+        student_of_teacher = torch.from_numpy(shared_tokens(teacher_tokenizer, tokenizer, **widths))
     for key, model_config in (("teacher", teacher.config), ("student", student_config)):
-        _check_positions(model_config, key=key, sequence_length=config.train.sequence_length)
+        check_positions(model_config, key=key, sequence_length=config.train.sequence_length)
     return Sources(
         teacher=teacher,
         student=student,
         student_config=student_config,
         tokenizer=tokenizer,
+        teacher_tokenizer=teacher_tokenizer,
         shared_vocab_size=shared,
+        student_of_teacher=student_of_teacher,
     )
 
 
@@ -89,7 +105,7 @@ def build_teacher(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
 
 
 def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any], ranks: Ranks) -> Decoder:
-    """The sharded student: pretrained, random, or made of the teacher's layers."""
+    """The sharded student: pretrained, some layers of a pretrained model, random, or made of the teacher's layers."""
     model = build_model(
         sources.student_config,
         ds_config=ds_config,
@@ -97,7 +113,9 @@ def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
         attention=config.student.attention,
         trust_remote_code=config.student.trust_remote_code,
     )
-    if sources.student is not None:
+    if sources.student is not None and config.student.layers is not None:
+        load_layers(model, folder=sources.student.path, rank=ranks.rank, layers=config.student.layers)
+    elif sources.student is not None:
         load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
     elif config.student.config is not None:
         initialise_randomly(model, seed=config.train.seed, rank=ranks.rank)
@@ -113,7 +131,8 @@ def _find(name: str, *, config: Any, key: str, first: First) -> ModelFolder:
     return find_model(name, key=key, revision=config.revision, trust_remote_code=config.trust_remote_code, first=first)
 
 
-def _check_positions(model_config: PretrainedConfig, *, key: str, sequence_length: int) -> None:
+def check_positions(model_config: PretrainedConfig, *, key: str, sequence_length: int) -> None:
+    """Nothing. Errors: ConfigError for a row that is longer than the model's positions."""
     limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and sequence_length > limit:
         raise ConfigError(

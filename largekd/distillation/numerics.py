@@ -3,7 +3,7 @@
 In a healthy step nothing here waits for the device: the flags are read only after DeepSpeed has skipped the update.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,16 +20,17 @@ class GradientWatch:
     """Remembers, per micro-batch, whether the gradient at the student's ends was finite on this rank.
 
     After the reduction a bad gradient is everywhere, so it has to be caught where it arises: on the way through the
-    last hidden states and on the way out of the embeddings.
+    student's last hidden states and captured activations, and on the way out of the embeddings.
     """
 
     def __init__(self, *, student: nn.Module, embedding: nn.Module) -> None:
         self._flags: list[Tensor] = []
         self._handles = [module.register_forward_hook(self._watch) for module in (student, embedding)]
 
-    def _watch(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(lambda gradient: self._flags.append(gradient.isfinite().all()))
+    def _watch(self, _module: nn.Module, _inputs: Any, output: Tensor | Mapping[str, Tensor]) -> None:
+        for tensor in (output,) if isinstance(output, Tensor) else output.values():
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: self._flags.append(gradient.isfinite().all()))
 
     def read(self) -> bool:
         """Whether every gradient since the last call was finite; waits for the device."""

@@ -88,7 +88,7 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         watchdog = stack.enter_context(Watchdog(timeout_s=timeout_s, folder=folder, ranks=ranks))
         stack.enter_context(_reporting_failure(watchdog))
         watchdog.beat("build", allowed_s=_DAY_S)
-        parts = build(config, ranks=ranks, folder=folder, control=control)
+        parts = build(config, ranks=ranks, folder=folder, control=control, resumed=checkpoint is not None)
         stack.callback(parts.close)
         if checkpoint is not None and not parts.resumable:
             raise CheckpointError(
@@ -148,12 +148,15 @@ def _check_world(checkpoint: Path, *, ranks: Ranks) -> None:
 
 def _owners(parts: Parts, *, journal: Journal, ranks: Ranks) -> dict[str, StateOwner]:
     """Everything that a checkpoint holds. The loader comes first: it refuses other data before weights are loaded."""
-    return {
+    owners: dict[str, StateOwner] = {
         "loader": JsonOwner(get=parts.loader.state, put=parts.loader.restore, ranks=ranks),
         "engine": parts.engine,
         "progress": JsonOwner(get=journal.state, put=journal.restore, ranks=ranks),
         "rng": RandomOwner(ranks=ranks),
     }
+    if parts.selection is not None:
+        owners["selection"] = JsonOwner(get=parts.selection.state, put=parts.selection.restore, ranks=ranks)
+    return owners
 
 
 def _monitor(config: RunConfig, *, folder: Path, journal: Journal, ranks: Ranks) -> Monitor:
@@ -190,7 +193,9 @@ def _reporting_failure(watchdog: Watchdog) -> Iterator[None]:
 
 def _assess(trainer: Trainer, *, journal: Journal, name: str) -> bool:
     """Evaluate and note the figures, `before` only once, whatever the number of starts; False: stopped meanwhile."""
-    if trainer.parts.evaluation_batches is None or (name == "before" and name in journal.evaluations):
+    parts = trainer.parts
+    done = name == "before" and (name in journal.evaluations or not parts.config.eval.before)
+    if parts.evaluation_batches is None or done:
         return True
     figures = evaluate_now(trainer)
     if figures is None:

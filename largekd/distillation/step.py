@@ -7,88 +7,144 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from largekd.contracts import Batch, Counts, SignalRequest
+from largekd.contracts import COUNT_NAMES, Batch, SignalRequest, counts_of
 from largekd.engine.train import StepOutcome, TrainEngine
 from largekd.monitoring.timers import Timers
-from largekd.objectives.terms import VocabularyTerm
+from largekd.objectives.alignment import Alignment, AlignmentPlan
+from largekd.objectives.terms import Objective
 from largekd.runtime.ranks import all_sum
 from largekd.teachers.protocol import Teacher
+
+
+@dataclass(frozen=True)
+class StepSetting:
+    """What a step is asked to do: the summands' factors, the temperature, the layers that take part, the signal."""
+
+    factors: tuple[float, ...]
+    temperature: float
+    tempered: bool
+    plan: AlignmentPlan
+    request: SignalRequest
+
+    @classmethod
+    def at(
+        cls, *, objective: Objective, alignment: Alignment | None, step: int, max_steps: int, seed: int
+    ) -> "StepSetting":
+        """The setting of step `step` (0 is the first): a function of its arguments alone, the same on all ranks."""
+        plan = AlignmentPlan() if alignment is None else alignment.plan(seed=seed, step=step)
+        return cls(
+            factors=objective.factors(step=step, max_steps=max_steps),
+            temperature=objective.temperature(step=step, max_steps=max_steps),
+            tempered=objective.config.temperature != 1.0,
+            plan=plan,
+            request=objective.request(step=step, max_steps=max_steps, taps=plan.teacher, seed=seed),
+        )
 
 
 @dataclass(frozen=True)
 class StepScales:
     """What each term's sum is multiplied by, and what was learnt while finding it out.
 
-    `per_term` is weight / count * ranks; `label_tokens` the count over all ranks and micro-batches of the step;
-    `stop_votes` the number of ranks that want to stop. All stay on the device: nothing here waits for it.
+    `per_term` is factor / count * ranks and `counts` what each sum is divided by, over all ranks and micro-batches of
+    the step; `label_tokens` the weight of all tokens that carry the loss, `signal_tokens` of those with a teacher's
+    signal; `stop_votes` the number of ranks that want to stop. The tensors stay on the device: nothing waits for it.
     """
 
     per_term: Tensor
+    counts: Tensor
     label_tokens: Tensor
+    signal_tokens: Tensor
     stop_votes: Tensor
+    world_size: int
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step's outcome on this rank: `losses` per micro-batch, `sums` over them; `health` None if not measured."""
+    """One step's outcome on this rank: `losses` per micro-batch; `sums`, and where they were asked for `health`,
+    `kept`, `histogram` and `squares`, over them."""
 
     outcome: StepOutcome
     losses: tuple[Tensor, ...]
     sums: Tensor
-    health: Tensor | None
+    extras: dict[str, Tensor]
 
 
 def step_scales(
     micro_batches: Sequence[Batch],
     *,
-    terms: Sequence[VocabularyTerm],
+    objective: Objective,
+    factors: Sequence[float],
     world_size: int,
     device: torch.device,
     stop: bool = False,
+    kept_share: float = 1.0,
 ) -> StepScales:
-    """The only division of the package: every term's weight by its count over the whole optimizer step.
+    """The only division of the package: every term's factor by its count over the whole optimizer step.
 
-    One all-reduce carries the counts and the wish to stop. A count of zero gives scale 0. DeepSpeed averages
-    gradients over ranks, so the number of ranks is a factor here and nowhere else.
+    One all-reduce carries the counts and the wish to stop. A count of zero gives scale 0. `kept_share` is the share of
+    tokens that a selection is expected to keep. DeepSpeed averages gradients over ranks, so the number of ranks is a
+    factor here and nowhere else.
     """
-    local = torch.tensor([Counts.of(micro_batches).label_tokens, float(stop)], dtype=torch.float64)
+    local = torch.cat([counts_of(micro_batches), torch.tensor([float(stop)], dtype=torch.float64)])
     total = all_sum(local.to(device, non_blocking=True))
-    count, votes = total[0], total[1]
-    weights = torch.tensor([term.weight for term in terms], dtype=torch.float64, device=device)
-    per_term = torch.where(count > 0, weights / count.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    return StepScales(per_term=(per_term * world_size).float(), label_tokens=count, stop_votes=votes)
+    named = dict(zip(COUNT_NAMES, total[:-1].unbind(), strict=True))
+    counts = torch.stack(
+        [named[summand.count] * (kept_share if summand.selective else 1.0) for summand in objective.summands]
+    )
+    factor_N = torch.tensor(factors, dtype=torch.float64, device=device)
+    per_term = torch.where(counts > 0, factor_N / counts.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    return StepScales(
+        per_term=(per_term * world_size).float(),
+        counts=counts,
+        label_tokens=named["label_tokens"],
+        signal_tokens=named["signal_tokens"],
+        stop_votes=total[-1],
+        world_size=world_size,
+    )
 
 
 def train_step(
     batches: Sequence[Batch],
     *,
     scales: StepScales,
+    setting: StepSetting,
     engine: TrainEngine,
     teacher: Teacher,
-    request: SignalRequest,
     lr: float,
     timers: Timers,
     measure: bool,
+    limit: Tensor | None = None,
+    term_gradients: bool = False,
 ) -> StepResult:
     """Run the step's micro-batches through teacher and student and update once."""
-    losses, sums, health = [], [], []
+    losses, figures = [], []
+    temperature = torch.tensor(setting.temperature, device=scales.per_term.device) if setting.tempered else None
     with ExitStack() as stack:
         with timers.section("teacher"):
-            signals = stack.enter_context(teacher.signals(batches, request=request))
+            signals = stack.enter_context(teacher.signals(batches, request=setting.request))
         with timers.section("student"):
             for index, batch in enumerate(batches):
-                outputs = engine(batch=batch, signal=next(signals), scales=scales.per_term, measure=measure)
-                engine.backward(outputs["loss"], last=index == len(batches) - 1)
-                losses.append(outputs["loss"].detach())
-                sums.append(outputs["sums"])
-                health += [outputs["health"]] if measure else []
+                outputs = engine(
+                    batch=batch,
+                    signal=next(signals),
+                    scales=scales.per_term,
+                    plan=setting.plan,
+                    temperature=temperature,
+                    limit=limit,
+                    measure=measure,
+                    term_gradients=term_gradients,
+                )
+                loss = outputs.pop("loss")
+                engine.backward(loss, last=index == len(batches) - 1)
+                losses.append(loss.detach())
+                figures.append(outputs)
     with timers.section("optimizer"):
         outcome = engine.step(lr=lr)
     if outcome.applied:
         teacher.after_step()
-    return StepResult(
-        outcome=outcome,
-        losses=tuple(losses),
-        sums=torch.stack(sums).sum(dim=0),
-        health=torch.stack(health).sum(dim=0) if health else None,
-    )
+    totals = {name: torch.stack([output[name] for output in figures]).sum(dim=0) for name in figures[0]}
+    # The alignment's part was filled by the backward passes.
+    squares = [totals.pop(name) for name in ("squares", "alignment_squares") if name in totals]
+    if squares:
+        totals["squares"] = torch.cat(squares)
+    return StepResult(outcome=outcome, losses=tuple(losses), sums=totals.pop("sums"), extras=totals)

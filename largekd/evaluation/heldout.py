@@ -1,13 +1,12 @@
 """Held-out perplexity of student and teacher, and the student's distance to the teacher at temperature 1."""
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
 
 from largekd.contracts import HEALTH_NAMES, Batch, SignalRequest
 from largekd.engine.train import TrainEngine
-from largekd.monitoring.health import perplexity
+from largekd.monitoring.health import health_means, perplexity
 from largekd.runtime.ranks import all_sum
 from largekd.teachers.protocol import Teacher
 
@@ -15,11 +14,19 @@ _CHUNK = 4  # micro-batches shown to the teacher at once: bounds the hidden stat
 
 
 def evaluate(
-    batches: Iterable[Batch], *, engine: TrainEngine, teacher: Teacher, n_terms: int, device: torch.device
+    batches: Iterable[Batch],
+    *,
+    engine: TrainEngine,
+    teacher: Teacher,
+    request: SignalRequest,
+    n_terms: int,
+    device: torch.device,
 ) -> dict[str, float]:
     """Means per counted token over all ranks: `perplexity`, `teacher_perplexity`, `kl` = KL(teacher || student) and
     `ce` in nats, `top1_agreement`, `accuracy`, `student_entropy`, `teacher_entropy`, `entropy_gap`; and `tokens`.
 
+    With a teacher of another tokenizer the figures that need it are over the tokens that it has a signal for, and
+    `kl` is between the outcomes of that signal.
     Every rank must bring the same number of batches; filler rows count nothing. A collective call.
     """
     total = torch.zeros(len(HEALTH_NAMES), dtype=torch.float64, device=device)
@@ -28,7 +35,7 @@ def evaluate(
     with torch.no_grad():
         for group in _groups(batches):
             moved = [batch.to(device=device) for batch in group]
-            with teacher.signals(moved, request=SignalRequest(distribution=True)) as signals:
+            with teacher.signals(moved, request=request) as signals:
                 for batch in moved:
                     outputs = engine(batch=batch, signal=next(signals), scales=scales, measure=True)
                     total += outputs["health"].double()
@@ -38,8 +45,7 @@ def evaluate(
 
 
 def _figures(sums: Mapping[str, float]) -> dict[str, float]:
-    weight = sums["token_weight"]
-    mean = {name: value / weight if weight else math.nan for name, value in sums.items()}
+    weight, mean = sums["token_weight"], health_means(sums)
     return {
         "tokens": weight,
         "perplexity": perplexity(mean["ce"]),

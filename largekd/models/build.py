@@ -72,13 +72,18 @@ def load_layers(model: PreTrainedModel, *, folder: Path, rank: int, layers: Sequ
     return load_parameters(model, folder=folder, rank=rank, source_name=_layer_renamer(model, layers))
 
 
-def config_with_layers(config: PretrainedConfig, *, layers: Sequence[int]) -> PretrainedConfig:
-    """The same model with only these layers, in this order. Errors: ConfigError for an index that does not exist."""
+def config_with_layers(
+    config: PretrainedConfig, *, layers: Sequence[int], key: str = "student.teacher_layers"
+) -> PretrainedConfig:
+    """The same model with only these layers, in this order.
+
+    Errors: ConfigError for an index that does not exist; `key` named the layers.
+    """
     depth = config.num_hidden_layers
     wrong = [index for index in layers if not 0 <= index < depth]
     if wrong or not layers:
         raise ConfigError(
-            f"student.teacher_layers = {list(layers)}: the teacher has layers 0 to {depth - 1}"
+            f"{key} = {list(layers)}: the model has layers 0 to {depth - 1}"
             + (f"; {wrong[0]} is not one of them." if wrong else "; name at least one.")
         )
     short = deepcopy(config)

@@ -1,17 +1,20 @@
 """A causal language model seen as what distillation needs: hidden states and a vocabulary head."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from largekd.contracts import Batch, VocabularyHead
+from largekd.contracts import AttentionInputs, Batch, TapRequest, Taps, VocabularyHead
 from largekd.errors import ConfigError
+from largekd.models.taps import ScoreRule, capturing
 
 logger = logging.getLogger(__name__)
 
 _FLATTENING = frozenset({"flash_attention_2"})
+_NO_TAPS = TapRequest()
 
 PROVEN_FAMILIES = frozenset(
     {
@@ -54,12 +57,13 @@ class HeadSpec:
 
 
 class Decoder(nn.Module):
-    """Holds a causal language model; its forward gives the last hidden states (after the final norm) and no logits."""
+    """Holds a causal language model; its forward gives the last hidden states and what is tapped, and no logits."""
 
     def __init__(self, *, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
         self.head_spec = head_spec(model)
+        self._rules: dict[int, ScoreRule] = {}
 
     @property
     def head_weight(self) -> nn.Parameter:
@@ -76,15 +80,52 @@ class Decoder(nn.Module):
         """What must be whole for the vocabulary pass."""
         return [p for p in (self.head_weight, self.head_bias) if p is not None]
 
-    def forward(self, *, batch: Batch) -> Tensor:
-        """Hidden states `[B, S, D]`."""
+    def forward(self, *, batch: Batch, taps: TapRequest = _NO_TAPS) -> dict[str, Tensor]:
+        """`last`: hidden states after the final norm, (B, S, D); and per tapped layer i, see `taps_of`:
+
+        `hidden.<i>` (B, S, D); `attention.<i>.query` (B, H, S, d), `.key` and `.value` (B, G, S, d).
+        """
         inputs = batch.model_inputs
-        shape = batch.input_ids_BS.shape
+        rows, positions = batch.input_ids_BS.shape
         # Flash attention finds the segments of packed rows only in one flattened row.
-        if batch.position_ids_BS is not None and self.model.config._attn_implementation in _FLATTENING:
+        flat = batch.position_ids_BS is not None and self.model.config._attn_implementation in _FLATTENING
+        if flat:
             inputs = {name: value.reshape(1, -1) for name, value in inputs.items()}
-        hidden = self.model.get_decoder()(**inputs, use_cache=False, return_dict=True).last_hidden_state
-        return hidden.reshape(*shape, -1)
+        with capturing(self.model, request=taps) as capture:
+            last = self.model.get_decoder()(**inputs, use_cache=False, return_dict=True).last_hidden_state
+        assert capture.covers(taps)
+        outputs = {"last": last.reshape(rows, positions, -1)}
+        for layer, hidden in capture.hidden.items():
+            outputs[f"hidden.{layer}"] = hidden.reshape(rows, positions, -1)
+        for layer, captured in capture.attention.items():
+            for name, tensor in zip(("query", "key", "value"), captured, strict=True):
+                # (1, heads, B·S, d) -> (B, heads, S, d)
+                unflat = tensor.squeeze(0).unflatten(1, (rows, positions)).transpose(0, 1) if flat else tensor
+                outputs[f"attention.{layer}.{name}"] = unflat
+        self._rules.update(capture.rules)
+        return outputs
+
+    def taps_of(self, outputs: Mapping[str, Tensor]) -> Taps:
+        """The tapped activations among what `forward` returned, as records; called outside of any module's forward."""
+        hidden, layers = {}, set()
+        for name in outputs:
+            kind, _, rest = name.partition(".")
+            if kind == "hidden":
+                hidden[int(rest)] = outputs[name]
+            elif kind == "attention":
+                layers.add(int(rest.split(".")[0]))
+        attention = {
+            layer: AttentionInputs(
+                query_BHSd=outputs[f"attention.{layer}.query"],
+                key_BGSd=outputs[f"attention.{layer}.key"],
+                value_BGSd=outputs[f"attention.{layer}.value"],
+                scale=self._rules[layer].scale,
+                window=self._rules[layer].window,
+                softcap=self._rules[layer].softcap,
+            )
+            for layer in sorted(layers)
+        }
+        return Taps(hidden=hidden, attention=attention)
 
 
 def head_spec(model: PreTrainedModel) -> HeadSpec:

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Mapping
 
-from largekd.contracts import HEALTH_NAMES
+from largekd.contracts import HEALTH_NAMES, TEACHER_HEALTH_NAMES
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
@@ -17,7 +17,7 @@ def health_figures(sums: Mapping[str, float]) -> dict[str, float]:
 
     A positive gap says that the student is more certain than its teacher. NaN where no token was counted.
     """
-    mean = _means(sums)
+    mean = health_means(sums)
     return {
         "health/kl_t1": mean["kl_t1"],
         "health/top1_agreement": mean["top1_agree"],
@@ -33,8 +33,12 @@ def perplexity(cross_entropy: float) -> float:
     return math.inf if cross_entropy > _LARGEST_EXPONENT else math.exp(cross_entropy)
 
 
-def _means(sums: Mapping[str, float]) -> dict[str, float]:
+def health_means(sums: Mapping[str, float]) -> dict[str, float]:
+    """Each sum of HEALTH_NAMES over the weight of the tokens it was taken on; NaN where there are none."""
     missing = [name for name in HEALTH_NAMES if name not in sums]
     assert not missing, f"health sums {missing} are missing; there are {sorted(sums)}"
-    weight = sums["token_weight"]
-    return {name: sums[name] / weight if weight else math.nan for name in HEALTH_NAMES}
+    means = {}
+    for name in HEALTH_NAMES:
+        weight = sums["signal_weight" if name in TEACHER_HEALTH_NAMES else "token_weight"]
+        means[name] = sums[name] / weight if weight else math.nan
+    return means

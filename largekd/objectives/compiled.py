@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from largekd.objectives.plugins import PluginTerm
 from largekd.objectives.rows import RowBlock, RowPlan, RowResult, evaluate_rows
 
 _LOGGER = logging.getLogger(__name__)
@@ -17,9 +18,10 @@ _CompiledRows = Callable[[RowBlock], RowResult]
 class RowFunction:
     """Calls `evaluate_rows`; with `compiles` through torch.compile, one compiled form per plan.
 
-    Health figures are rare and stay eager. Where compilation fails (no C++ compiler, an unsupported interpreter) the
-    eager form takes over for good and the reason is logged once. A failed compilation has executed nothing, so that
-    the block is simply evaluated again. Calls may come from several threads.
+    Health figures are rare and stay eager; so do terms of the user's own, which differentiate inside. Where
+    compilation fails (no C++ compiler, an unsupported interpreter) the eager form takes over for good and the reason is
+    logged once. A failed compilation has executed nothing, so that the block is simply evaluated again. Calls may come
+    from several threads.
     """
 
     def __init__(self, *, compiles: bool) -> None:
@@ -29,7 +31,7 @@ class RowFunction:
         self._compiling = threading.Lock()
 
     def __call__(self, block: RowBlock, /, *, plan: RowPlan) -> RowResult:
-        if not self.compiles or plan.measure:
+        if not self.compiles or plan.measure or any(isinstance(term.divergence, PluginTerm) for term in plan.terms):
             return evaluate_rows(block, plan=plan)
         rows = block.student_RV
         kind = (plan, rows.shape, rows.dtype, rows.device, torch.get_num_threads())

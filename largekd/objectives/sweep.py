@@ -1,7 +1,7 @@
 """The walk over the counted tokens of a batch: project, evaluate, accumulate, in buffers of one chunk.
 
-Shape letters: N positions of the batch (B·S), T counted tokens, C tokens of one chunk, R rows of one block,
-V student vocabulary, W shared ids, D student width, K terms, H health figures.
+Shape letters: P positions of the batch (B·S), T counted tokens, C tokens of one chunk, R rows of one block,
+V student vocabulary, W the teacher's ids that take part, D student width, K kept entries, N terms, H health figures.
 """
 
 from collections.abc import Iterator
@@ -11,9 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from largekd.contracts import HEALTH_NAMES, Batch, HiddenSignal
+from largekd.contracts import HEALTH_NAMES, Batch, Distribution, HiddenSignal, SampledSignal, TopKSignal
 from largekd.objectives.compiled import RowFunction
-from largekd.objectives.rows import RowBlock, RowPlan
+from largekd.objectives.rows import RowBlock, RowPlan, SparseRows
+from largekd.objectives.selection import histogram
 from largekd.objectives.workers import map_spans
 
 CPU_BLOCK_ELEMENTS = 2**17
@@ -27,7 +28,7 @@ DEVICE_BLOCK_ELEMENTS = 2**24
 class StudentSide:
     """The student's hidden states at flat positions and its head's tensors."""
 
-    hidden_ND: Tensor
+    hidden_PD: Tensor
     weight_VD: Tensor
     bias_V: Tensor | None
 
@@ -36,20 +37,38 @@ class StudentSide:
 class Gradients:
     """Accumulated gradients in the units of the factors; None where none is wanted."""
 
-    hidden_ND: Tensor | None = None
+    hidden_PD: Tensor | None = None
     weight_VD: Tensor | None = None
     bias_V: Tensor | None = None
 
 
 @dataclass(frozen=True)
+class SweepResult:
+    """Sums per term (N,) and health sums (H,), unscaled; with a selection the weight that was kept (1,) and the
+    histogram of scores (SCORE_BINS,), empty without."""
+
+    sums: Tensor
+    health: Tensor
+    kept: Tensor
+    histogram: Tensor
+
+
+@dataclass(frozen=True)
 class Sweep:
-    """What one walk needs besides the student's tensors."""
+    """What one walk needs besides the student's tensors.
+
+    temperature, limit: scalars on the device, None where the plan needs none. hard_T: what −log q[label] of each
+    counted token is multiplied by in the gradient besides the cross-entropy's own factor; None: nothing.
+    """
 
     plan: RowPlan
     rows: RowFunction
     chunk_tokens: int
     batch: Batch
-    signal: HiddenSignal | None
+    signal: Distribution | None
+    temperature: Tensor | None = None
+    limit: Tensor | None = None
+    hard_T: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -60,27 +79,27 @@ class Sweep:
         """Zero buffers for those of (hidden, weight, bias) that are wanted."""
         gradients = Gradients()
         if wants[0]:
-            gradients.hidden_ND = torch.zeros_like(student.hidden_ND)
+            gradients.hidden_PD = torch.zeros_like(student.hidden_PD)
         if wants[1]:
             gradients.weight_VD = torch.zeros_like(student.weight_VD)
         if wants[2] and student.bias_V is not None:
             gradients.bias_V = torch.zeros_like(student.bias_V, dtype=_block_dtype(student.bias_V))
         return gradients
 
-    def run(self, student: StudentSide, /, *, factors: Tensor, gradients: Gradients) -> tuple[Tensor, Tensor]:
-        """Sums per term (K,) and health sums (H,), unscaled; adds Σ factor · gradient to the buffers."""
+    def run(self, student: StudentSide, /, *, factors: Tensor, gradients: Gradients) -> SweepResult:
+        """The sums of all counted tokens; adds Σ factor · gradient to the buffers."""
         counted_T = self.batch.counted_T
-        inputs = _TokenInputs.of(self.batch, factors=factors.to(_block_dtype(student.weight_VD)))
+        inputs = _TokenInputs.of(self, factors=factors.to(_block_dtype(student.weight_VD)))
         chunk = _Chunk.allocate(self, student=student)
-        values_TK = inputs.factor_TK.new_empty(self.tokens, len(self.plan.terms))
-        health_TH = values_TK.new_empty(self.tokens if self.plan.measure else 0, len(HEALTH_NAMES))
-        block = self.block_rows(student.hidden_ND.device)
+        outputs = _TokenOutputs.allocate(self, inputs=inputs)
+        block = self.block_rows(student.hidden_PD.device)
         for start in range(0, self.tokens, self.chunk_tokens):
-            positions_C = counted_T[start : start + self.chunk_tokens]
-            hidden_CD = student.hidden_ND[positions_C].to(student.weight_VD.dtype)
-            chunk.project(hidden_CD, weight_VD=student.weight_VD, positions_C=positions_C, signal=self.signal)
-            evaluate = partial(self._evaluate, chunk=chunk, start=start, inputs=inputs, outputs=(values_TK, health_TH))
-            bias_parts = map_spans(evaluate, size=positions_C.numel(), block=block, device=student.hidden_ND.device)
+            span = slice(start, min(start + self.chunk_tokens, self.tokens))
+            positions_C = counted_T[span]
+            hidden_CD = student.hidden_PD[positions_C].to(student.weight_VD.dtype)
+            chunk.project(hidden_CD, weight_VD=student.weight_VD, sweep=self, span=span)
+            evaluate = partial(self._evaluate, chunk=chunk, start=start, inputs=inputs, outputs=outputs)
+            bias_parts = map_spans(evaluate, size=positions_C.numel(), block=block, device=student.hidden_PD.device)
             if gradients.bias_V is not None:
                 for part_V in bias_parts:
                     assert part_V is not None
@@ -88,7 +107,7 @@ class Sweep:
             if self.plan.gradient:
                 gradient_CV = chunk.student_CV[: positions_C.numel()]
                 _accumulate(gradients, gradient_CV, student=student, hidden_CD=hidden_CD, positions_C=positions_C)
-        return (values_TK * inputs.weight_T[:, None]).sum(0), health_TH.sum(0)
+        return outputs.sums(inputs=inputs)
 
     def _evaluate(
         self,
@@ -98,19 +117,21 @@ class Sweep:
         chunk: "_Chunk",
         start: int,
         inputs: "_TokenInputs",
-        outputs: tuple[Tensor, Tensor],
+        outputs: "_TokenOutputs",
     ) -> Tensor | None:
         """Evaluate rows `span` of a chunk that begins at token `start`; the gradient's sum over rows if it is wanted.
 
-        Writes values and health to `outputs` and the gradient over the student's projections.
+        Writes the figures to `outputs` and the gradient over the student's projections.
         """
         bias_gradient_V = None
         for rows in _blocks(span, self.block_rows(chunk.student_CV.device)):
             tokens = slice(start + rows.start, start + rows.stop)
-            result = self.rows(chunk.block(rows, inputs=inputs, span=tokens), plan=self.plan)
-            outputs[0][tokens] = result.values_RK
+            result = self.rows(chunk.block(rows, inputs=inputs, span=tokens, sweep=self), plan=self.plan)
+            outputs.values_TN[tokens] = result.values_RN
             if result.health_RH is not None:
-                outputs[1][tokens] = result.health_RH
+                outputs.health_TH[tokens] = result.health_RH
+            if result.score_R is not None and result.keep_R is not None:
+                outputs.score_T[tokens], outputs.keep_T[tokens] = result.score_R, result.keep_R
             if result.gradient_RV is not None:
                 chunk.student_CV[rows] = result.gradient_RV
                 if chunk.student_bias_V is not None:
@@ -126,16 +147,72 @@ class Sweep:
 
 @dataclass(frozen=True)
 class _TokenInputs:
-    """Labels, weights and factors (token weight · scale) of the counted tokens."""
+    """What is known of each counted token: labels, weights, factors (token weight · scale), the teacher's signal."""
 
     labels_T: Tensor
     weight_T: Tensor
-    factor_TK: Tensor
+    factor_TN: Tensor
+    present_T: Tensor | None
+    sparse: SparseRows | None
 
     @classmethod
-    def of(cls, batch: Batch, /, *, factors: Tensor) -> "_TokenInputs":
+    def of(cls, sweep: Sweep, /, *, factors: Tensor) -> "_TokenInputs":
+        batch, signal = sweep.batch, sweep.signal
         weight_T = batch.token_weight_BS.reshape(-1)[batch.counted_T].to(factors.dtype)
-        return cls(batch.labels_BS.reshape(-1)[batch.counted_T], weight_T, weight_T[:, None] * factors)
+        present_T = None if signal is None or isinstance(signal, SampledSignal) else signal.present_T
+        return cls(
+            labels_T=batch.labels_BS.reshape(-1)[batch.counted_T],
+            weight_T=weight_T,
+            factor_TN=weight_T[:, None] * factors,
+            present_T=None if present_T is None else present_T.to(factors.dtype),
+            sparse=_sparse_rows(signal, dtype=factors.dtype) if sweep.plan.reads_teacher else None,
+        )
+
+
+def _sparse_rows(signal: Distribution | None, /, *, dtype: torch.dtype) -> SparseRows | None:
+    match signal:
+        case TopKSignal():
+            return SparseRows(
+                signal.ids_TK, signal.logp_TK.to(dtype), signal.tail_T.to(dtype), signal.tempered_tail_T.to(dtype)
+            )
+        case SampledSignal():
+            return SparseRows(signal.ids_TK, signal.logp_TK.to(dtype), weight_RK=signal.weight_TK.to(dtype))
+    return None
+
+
+@dataclass(frozen=True)
+class _TokenOutputs:
+    """The figures of every counted token."""
+
+    values_TN: Tensor
+    health_TH: Tensor
+    score_T: Tensor
+    keep_T: Tensor
+    scored: bool
+
+    @classmethod
+    def allocate(cls, sweep: Sweep, /, *, inputs: _TokenInputs) -> "_TokenOutputs":
+        new, tokens = inputs.factor_TN.new_empty, sweep.tokens
+        # Without a teacher's signal no token has a score: the histogram is all zero.
+        scored = tokens if sweep.plan.selection is not None and sweep.plan.reads_teacher else 0
+        return cls(
+            scored=sweep.plan.selection is not None,
+            values_TN=new(tokens, len(sweep.plan.terms)),
+            health_TH=new(tokens if sweep.plan.measure else 0, len(HEALTH_NAMES)),
+            score_T=new(scored),
+            keep_T=new(scored),
+        )
+
+    def sums(self, *, inputs: _TokenInputs) -> SweepResult:
+        """Token-weighted sums; what a selection is about are the tokens that have a signal."""
+        weight_T, present_T = inputs.weight_T, inputs.present_T
+        weight_S = (weight_T if present_T is None else weight_T * present_T)[: self.score_T.numel()]
+        return SweepResult(
+            sums=(self.values_TN * weight_T[:, None]).sum(0),
+            health=self.health_TH.sum(0),
+            kept=(self.keep_T * weight_S).sum(0, keepdim=True),
+            histogram=histogram(self.score_T, weight_T=weight_S) if self.scored else self.score_T,
+        )
 
 
 @dataclass(frozen=True)
@@ -153,38 +230,47 @@ class _Chunk:
         plan, rows = sweep.plan, min(sweep.chunk_tokens, sweep.tokens)
         student_CV = student.weight_VD.new_empty(rows, plan.student.vocab_size)
         student_bias_V = None if student.bias_V is None else student.bias_V[: plan.student.vocab_size]
-        if sweep.signal is None or not plan.reads_teacher:
+        if not isinstance(sweep.signal, HiddenSignal) or not plan.reads_teacher:
             return cls(student_CV, None, student_bias_V)
         head = sweep.signal.head
-        teacher_CW = head.weight_VD.new_empty(rows, plan.shared_ids)
-        teacher_bias_W = None if head.bias_V is None else head.bias_V[: plan.shared_ids]
+        teacher_CW = head.weight_VD.new_empty(rows, plan.teacher_ids)
+        teacher_bias_W = None if head.bias_V is None else head.bias_V[: plan.teacher_ids]
         support_W = None
-        if plan.has_support:
-            support_W = torch.ones(plan.shared_ids, dtype=torch.bool, device=student_CV.device)
+        if plan.has_support and not plan.own_ids:
+            support_W = torch.ones(plan.student_ids, dtype=torch.bool, device=student_CV.device)
             for bias, shape in ((student_bias_V, plan.student), (teacher_bias_W, plan.teacher)):
                 if bias is not None and shape is not None and shape.softcap is None:
-                    support_W = support_W & ~torch.isneginf(bias[: plan.shared_ids])
+                    support_W = support_W & ~torch.isneginf(bias[: plan.student_ids])
         return cls(student_CV, teacher_CW, student_bias_V, teacher_bias_W, support_W)
 
-    def project(
-        self, hidden_CD: Tensor, /, *, weight_VD: Tensor, positions_C: Tensor, signal: HiddenSignal | None
-    ) -> None:
-        """Fill the buffers' first rows with hidden · weightᵀ."""
+    def project(self, hidden_CD: Tensor, /, *, weight_VD: Tensor, sweep: Sweep, span: slice) -> None:
+        """Fill the buffers' first rows with hidden · weightᵀ for the counted tokens `span`."""
         size, vocab = hidden_CD.shape[0], self.student_CV.shape[1]
         torch.mm(hidden_CD, weight_VD[:vocab].t(), out=self.student_CV[:size])
-        if self.teacher_CW is not None and signal is not None:
+        signal = sweep.signal
+        if self.teacher_CW is not None and isinstance(signal, HiddenSignal):
             weight_WE = signal.head.weight_VD[: self.teacher_CW.shape[1]]
-            hidden_NE = signal.hidden_BSE.reshape(-1, signal.hidden_BSE.shape[-1])
-            torch.mm(hidden_NE[positions_C].to(weight_WE.dtype), weight_WE.t(), out=self.teacher_CW[:size])
+            rows_C = (sweep.batch.counted_T if signal.rows_T is None else signal.rows_T)[span]
+            hidden_PE = signal.hidden_BSE.reshape(-1, signal.hidden_BSE.shape[-1])
+            torch.mm(hidden_PE[rows_C].to(weight_WE.dtype), weight_WE.t(), out=self.teacher_CW[:size])
 
-    def block(self, rows: slice, /, *, inputs: _TokenInputs, span: slice) -> RowBlock:
+    def block(self, rows: slice, /, *, inputs: _TokenInputs, span: slice, sweep: Sweep) -> RowBlock:
         """The rows of this chunk that are tokens `span` of the sweep."""
+        sparse = inputs.sparse
+        if sparse is not None:
+            cut = {name: value[span] for name, value in vars(sparse).items() if value is not None}
+            sparse = SparseRows(**cut)
         return RowBlock(
             student_RV=self.student_CV[rows],
-            teacher_RW=None if self.teacher_CW is None else self.teacher_CW[rows],
             labels_R=inputs.labels_T[span],
             weight_R=inputs.weight_T[span],
-            factor_RK=inputs.factor_TK[span],
+            factor_RN=inputs.factor_TN[span],
+            teacher_RW=None if self.teacher_CW is None else self.teacher_CW[rows],
+            sparse=sparse,
+            hard_R=None if sweep.hard_T is None else sweep.hard_T[span],
+            present_R=None if inputs.present_T is None else inputs.present_T[span],
+            temperature=sweep.temperature,
+            limit=sweep.limit,
             student_bias_V=self.student_bias_V,
             teacher_bias_W=self.teacher_bias_W,
             support_W=self.support_W,
@@ -196,9 +282,9 @@ def _accumulate(
 ) -> None:
     """Add a chunk's logit gradient to the head's gradient and write the hidden states' gradient."""
     vocab = gradient_CV.shape[1]
-    if gradients.hidden_ND is not None:
+    if gradients.hidden_PD is not None:
         hidden_gradient_CD = torch.mm(gradient_CV, student.weight_VD[:vocab])
-        gradients.hidden_ND.index_copy_(0, positions_C, hidden_gradient_CD.to(gradients.hidden_ND.dtype))
+        gradients.hidden_PD.index_copy_(0, positions_C, hidden_gradient_CD.to(gradients.hidden_PD.dtype))
     if gradients.weight_VD is not None:
         gradients.weight_VD[:vocab].addmm_(gradient_CV.t(), hidden_CD)
 

@@ -1,76 +1,197 @@
-"""The vocabulary terms of an objective: (1 − α)·CE + α·T²·Σ w·D, as records that the fused pass evaluates together."""
+"""The terms of an objective: what the fused pass evaluates, and what the step weighs and divides."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
-from largekd.config.objective import (
+from largekd.config.alignment import AttentionConfig, FeatureConfig
+from largekd.config.divergence import (
+    AdaptiveKLConfig,
+    AlphaBetaConfig,
+    BidirectionalKLConfig,
     DivergenceConfig,
     ForwardKLConfig,
     JSDConfig,
-    ObjectiveConfig,
+    LogitMSEConfig,
+    PluginConfig,
+    RankingHingeConfig,
     ReverseKLConfig,
+    SampledSignalConfig,
+    SkewedForwardKLConfig,
+    SkewedReverseKLConfig,
+    SortedDistanceConfig,
+    SpanLikelihoodConfig,
+    TopKSignalConfig,
+    TotalVariationConfig,
 )
-from largekd.contracts import SignalRequest
+from largekd.config.objective import ObjectiveConfig
+from largekd.config.schedule import CurveConfig, extremes
+from largekd.contracts import SampledRequest, SignalRequest, TapRequest, TopKRequest
 from largekd.errors import ConfigError
-from largekd.objectives.divergences import JSD, Divergence, forward_kl, reverse_kl
+from largekd.objectives import divergences
+from largekd.objectives.plugins import PluginFunction, PluginTerm
+from largekd.objectives.schedules import value_at
+
+
+@dataclass(frozen=True)
+class SpanLikelihood:
+    """Marks the term of `spans.py`, which looks at several tokens at once."""
 
 
 @dataclass(frozen=True)
 class VocabularyTerm:
-    """One summand of the loss; `divergence` None is the cross-entropy of the labels at temperature 1.
+    """A term of the fused pass; `divergence` None is the cross-entropy of the labels at temperature 1."""
 
-    `weight` is the factor before the division by the count named `count_key`.
+    name: str
+    divergence: divergences.Divergence | PluginTerm | SpanLikelihood | None
+
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether it depends on the teacher."""
+        return self.divergence is not None
+
+
+@dataclass(frozen=True)
+class Summand:
+    """One summand of the loss: its factor over the run, and what its sum is divided by (a name of COUNT_NAMES).
+
+    `share` says what multiplies `weight`: 1 − α for the task, α·T² for distillation, 1 for alignment. `selective`: a
+    selection of tokens applies.
     """
 
     name: str
-    weight: float
-    divergence: Divergence | None
-    needs: SignalRequest
-    count_key: str = "label_tokens"
+    share: Literal["task", "distillation", "alignment"]
+    weight: float | CurveConfig
+    count: str
+    selective: bool = False
+
+    @property
+    def metric(self) -> str:
+        """Area and name under which the term is logged."""
+        return f"{'align' if self.share == 'alignment' else 'kd'}/{self.name}"
 
 
-def build_terms(config: ObjectiveConfig) -> tuple[VocabularyTerm, ...]:
-    """The terms with a positive weight: cross-entropy (1 − α), then the divergences (α·T²·w) in the order given.
+@dataclass(frozen=True)
+class Objective:
+    """All terms with a weight: those of the vocabulary pass first, then features, then attention."""
 
-    Raises ConfigError when a divergence is named twice or when no term is left.
+    config: ObjectiveConfig
+    vocabulary: tuple[VocabularyTerm, ...]
+    features: tuple[FeatureConfig, ...]
+    attention: tuple[AttentionConfig, ...]
+    summands: tuple[Summand, ...]
+
+    def alpha(self, *, step: int, max_steps: int) -> float:
+        """The share of the divergences at a step (0 is the first)."""
+        return value_at(self.config.alpha, step=step, max_steps=max_steps)
+
+    def temperature(self, *, step: int, max_steps: int) -> float:
+        """The temperature of the divergences at a step."""
+        return value_at(self.config.temperature, step=step, max_steps=max_steps)
+
+    def factors(self, *, step: int, max_steps: int) -> tuple[float, ...]:
+        """What each summand's mean is multiplied by at a step."""
+        alpha = self.alpha(step=step, max_steps=max_steps)
+        squared = self.temperature(step=step, max_steps=max_steps) ** 2
+        shares = {"task": 1.0 - alpha, "distillation": alpha * squared, "alignment": 1.0}
+        return tuple(
+            shares[summand.share] * value_at(summand.weight, step=step, max_steps=max_steps)
+            for summand in self.summands
+        )
+
+    def request(self, *, step: int, max_steps: int, taps: TapRequest, seed: int = 0) -> SignalRequest:
+        """What the teacher must deliver at a step; `seed` is the run's."""
+        if not any(term.reads_teacher for term in self.vocabulary):
+            return SignalRequest(taps=taps)
+        temperature = self.temperature(step=step, max_steps=max_steps)
+        match self.config.signal:
+            case TopKSignalConfig(k=k):
+                return SignalRequest(TopKRequest(k=k, temperature=temperature), taps)
+            case SampledSignalConfig(draws=draws, proposal_power=power):
+                return SignalRequest(SampledRequest(draws, power, temperature, seed=seed * 1_000_003 + step), taps)
+        return SignalRequest(self._whole(temperature=temperature), taps)
+
+    @property
+    def evaluation_request(self) -> SignalRequest:
+        """What the teacher must deliver for figures on held-out data: as much as there is, at temperature 1."""
+        return SignalRequest(self._whole(temperature=1.0))
+
+    def _whole(self, *, temperature: float) -> Literal["full"] | TopKRequest:
+        translation = self.config.translation
+        if translation is not None and translation.method == "spans":
+            return TopKRequest(k=translation.top_k, temperature=temperature)
+        return "full"
+
+
+def build_objective(config: ObjectiveConfig, *, plugins: Mapping[str, PluginFunction] | None = None) -> Objective:
+    """The terms that have a weight at some step.
+
+    Errors: ConfigError when none is left, and for a plugin's term that no module has.
     """
-    twice = [name for name, times in Counter(entry.name for entry in config.divergences).items() if times > 1]
-    if twice:
-        raise ConfigError(f"objective.divergences names {twice[0]!r} more than once; keep one entry of each name")
-    squared = config.alpha * config.temperature**2
-    terms = [
-        VocabularyTerm(name="cross_entropy", weight=1.0 - config.alpha, divergence=None, needs=SignalRequest()),
-        *(
-            VocabularyTerm(
-                name=entry.name,
-                weight=squared * entry.weight,
-                divergence=divergence_of(entry),
-                needs=SignalRequest(distribution=True),
-            )
-            for entry in config.divergences
-        ),
-    ]
-    active = tuple(term for term in terms if term.weight > 0)
-    if not active:
+    vocabulary: list[VocabularyTerm] = []
+    summands: list[Summand] = []
+    low, high = extremes(config.alpha)
+    if low < 1.0:
+        vocabulary.append(VocabularyTerm("cross_entropy", None))
+        summands.append(Summand("cross_entropy", "task", 1.0, "label_tokens"))
+    for entry in config.divergences if high > 0.0 else ():
+        if extremes(entry.weight)[1] <= 0.0:
+            continue
+        name = entry.term if isinstance(entry, PluginConfig) else entry.name
+        vocabulary.append(VocabularyTerm(name, divergence_of(entry, plugins=plugins or {})))
+        spans = isinstance(entry, SpanLikelihoodConfig)
+        count = "spans" if spans else "signal_tokens"
+        summands.append(Summand(name, "distillation", entry.weight, count, selective=not spans))
+    features = tuple(entry for entry in config.features if extremes(entry.weight)[1] > 0.0)
+    attention = tuple(entry for entry in config.attention if extremes(entry.weight)[1] > 0.0)
+    for feature in features:
+        summands.append(
+            Summand(feature.name, "alignment", feature.weight, "samples" if feature.loss == "cka" else "positions")
+        )
+    summands += [Summand(entry.name, "alignment", entry.weight, "positions") for entry in attention]
+    if not summands:
         raise ConfigError(
-            f"objective: alpha is {config.alpha} and no divergence has a positive weight, so that nothing is trained; "
+            f"objective: alpha is {config.alpha} and no term has a positive weight, so that nothing is trained; "
             "lower objective.alpha or add an entry to objective.divergences"
         )
-    return active
+    return Objective(config, tuple(vocabulary), features, attention, tuple(summands))
 
 
-def divergence_of(config: DivergenceConfig) -> Divergence:
-    """The row function that a divergence's entry in the configuration stands for."""
+def divergence_of(
+    config: DivergenceConfig, *, plugins: Mapping[str, PluginFunction]
+) -> divergences.Divergence | PluginTerm | SpanLikelihood:
+    """The row function that a divergence's entry in the configuration stands for. Errors: ConfigError."""
     match config:
         case ForwardKLConfig():
-            return forward_kl
+            return divergences.forward_kl
         case ReverseKLConfig():
-            return reverse_kl
+            return divergences.reverse_kl
+        case BidirectionalKLConfig():
+            return divergences.BidirectionalKL(config.forward_weight, config.reverse_weight)
         case JSDConfig():
-            return JSD(mix=config.mix)
-
-
-def request_of(terms: Sequence[VocabularyTerm]) -> SignalRequest:
-    """What a teacher must deliver for these terms: the union of their needs."""
-    return SignalRequest(distribution=any(term.needs.distribution for term in terms))
+            return divergences.JSD(mix=config.mix)
+        case SkewedForwardKLConfig():
+            return divergences.SkewedForwardKL(skew=config.skew)
+        case SkewedReverseKLConfig():
+            return divergences.SkewedReverseKL(skew=config.skew)
+        case AdaptiveKLConfig():
+            return divergences.AdaptiveKL(head_mass=config.head_mass)
+        case TotalVariationConfig():
+            return divergences.total_variation
+        case AlphaBetaConfig():
+            return divergences.AlphaBeta(alpha=config.alpha, beta=config.beta)
+        case LogitMSEConfig():
+            return divergences.logit_mse
+        case RankingHingeConfig():
+            return divergences.RankingHinge(top_k=config.top_k, margin=config.margin)
+        case SortedDistanceConfig():
+            return divergences.sorted_distance
+        case SpanLikelihoodConfig():
+            return SpanLikelihood()
+        case PluginConfig():
+            if config.term not in plugins:
+                raise ConfigError(
+                    f"objective.divergences: the term {config.term!r} is in none of the modules of `plugins`; they "
+                    f"have {', '.join(sorted(plugins)) or 'none'}."
+                )
+            return PluginTerm(plugins[config.term], tuple(sorted(config.options.items())))

@@ -1,7 +1,7 @@
 """The fused vocabulary pass: all vocabulary terms and their gradients without the full logits of either model.
 
 Shape letters: B sequences, S positions, T counted tokens, C tokens of one chunk, R rows of one block, V student
-vocabulary, W shared ids, D student width, E teacher width, K terms, H health figures.
+vocabulary, W shared ids, D student width, E teacher width, N terms, H health figures.
 
 Counted tokens are walked in chunks. Two buffers of (chunk, vocabulary) in the models' dtype hold the projections of
 student and teacher; blocks of a few rows are evaluated in float32 (`rows.py`) and the gradient is written over the
@@ -13,20 +13,24 @@ probability would underflow in float16, and a power of two costs no rounding whe
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from largekd.contracts import Batch, HiddenSignal
+from largekd.contracts import Batch, Distribution, HiddenSignal, SampledSignal, TopKSignal
 from largekd.objectives.compiled import RowFunction
+from largekd.objectives.readings import SparseKind
 from largekd.objectives.rows import HeadShape, RowPlan
-from largekd.objectives.sweep import StudentSide, Sweep
-from largekd.objectives.terms import VocabularyTerm
+from largekd.objectives.selection import SelectionRule
+from largekd.objectives.spans import label_log_probabilities, span_terms
+from largekd.objectives.sweep import Gradients, StudentSide, Sweep, SweepResult
+from largekd.objectives.terms import SpanLikelihood, VocabularyTerm
 
 
 class VocabularyPass(nn.Module):
-    """Σ_k scales_k · Σ_t weight_t · D_k(t) over the counted tokens of a batch, and its gradients.
+    """Σ_n scales_n · Σ_t weight_t · D_n(t) over the counted tokens of a batch, and its gradients.
 
     Under ZeRO-3 the caller registers the head's weight (and bias) as external parameters of this module.
     """
@@ -35,16 +39,18 @@ class VocabularyPass(nn.Module):
         self,
         *,
         terms: Sequence[VocabularyTerm],
-        temperature: float,
         chunk_tokens: int,
+        sparse: SparseKind = "tail",
+        selection: SelectionRule | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
         assert terms, "a vocabulary pass needs a term"
-        assert temperature > 0 and chunk_tokens > 0
+        assert chunk_tokens > 0
         self.terms = tuple(terms)
-        self.temperature = temperature
         self.chunk_tokens = chunk_tokens
+        self.sparse = sparse
+        self.selection = selection
         self.rows = RowFunction(compiles=compile)
 
     def forward(
@@ -55,33 +61,82 @@ class VocabularyPass(nn.Module):
         *,
         vocab_size: int,
         batch: Batch,
-        signal: HiddenSignal | None,
+        signal: Distribution | None,
         scales: Tensor,
+        temperature: Tensor | None = None,
+        limit: Tensor | None = None,
         measure: bool = False,
+        term_gradients: bool = False,
         head_scale: float = 1.0,
         softcap: float | None = None,
     ) -> dict[str, Tensor]:
-        """`loss`: the differentiable scalar; `sums`: (terms,) Σ_t weight_t · D_k(t), neither scaled nor divided.
+        """`loss`: the differentiable scalar; `sums`: (terms,) Σ_t weight_t · D_n(t), neither scaled nor divided.
 
-        With `measure` also `health`: (len(HEALTH_NAMES),) weighted sums. `scales` (terms,) float32 holds what each
-        sum is multiplied by (weight / global count × ranks). Rows of `weight_VD` beyond `vocab_size` are padding:
-        no probability, zero gradient. No call waits for the device; no gradient is held while gradients are off.
+        With `measure` also `health`: (len(HEALTH_NAMES),) weighted sums. With a selection and its `limit` also `kept`:
+        (1,) the weight of the tokens that the divergences used, and `histogram` of their scores. With `term_gradients`
+        also `squares`: (terms,) the squared norm of each scaled term's gradient with respect to the hidden states.
+
+        `scales` (terms,) float32 holds what each sum is multiplied by (factor / global count × ranks); `temperature` is
+        a scalar on the device, None stands for 1. Rows of `weight_VD` beyond `vocab_size` are padding: no probability,
+        zero gradient. No call waits for the device; no gradient is held while gradients are off.
         """
         inputs = (hidden_BSD, weight_VD, *(() if bias_V is None else (bias_V,)))
-        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-        plan = RowPlan(
-            terms=self.terms,
-            temperature=self.temperature,
-            student=HeadShape(vocab_size, head_scale, softcap, bias_V is not None),
-            teacher=_teacher_shape(signal),
-            gradient=wanted,
-            measure=measure,
-        )
-        assert signal is not None or all(term.divergence is None for term in self.terms), "no teacher signal"
+        assert signal is not None or not any(term.reads_teacher for term in self.terms), "no teacher signal"
         assert scales.shape == (len(self.terms),), "one scale per term"
-        sweep = Sweep(plan=plan, rows=self.rows, chunk_tokens=self.chunk_tokens, batch=batch, signal=signal)
-        loss, sums, health = _FusedVocabulary.apply(hidden_BSD, weight_VD, bias_V, scales, sweep)
-        return {"loss": loss, "sums": sums, "health": health} if measure else {"loss": loss, "sums": sums}
+        sweep = Sweep(
+            plan=RowPlan(
+                terms=self.terms,
+                student=HeadShape(vocab_size, head_scale, softcap, bias_V is not None),
+                tempered=temperature is not None,
+                selection=None if limit is None else self.selection,
+                gradient=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs),
+                measure=measure,
+                **self._teacher_side(signal),
+            ),
+            rows=self.rows,
+            chunk_tokens=self.chunk_tokens,
+            batch=batch,
+            signal=signal,
+            temperature=temperature,
+            limit=limit,
+        )
+        if term_gradients:
+            squares = self._squares(hidden_BSD, weight_VD, bias_V, scales=scales, sweep=sweep)
+        loss, *figures = _FusedVocabulary.apply(hidden_BSD, weight_VD, bias_V, scales, sweep)
+        outputs = {"loss": loss, "sums": figures[0]}
+        outputs |= {"health": figures[1]} if measure else {}
+        outputs |= {"kept": figures[2], "histogram": figures[3]} if sweep.plan.selection is not None else {}
+        return outputs | ({"squares": squares} if term_gradients else {})
+
+    def _teacher_side(self, signal: Distribution | None) -> dict[str, Any]:
+        match signal:
+            case HiddenSignal(head=head):
+                shape = HeadShape(head.vocab_size, head.scale, head.softcap, head.bias_V is not None)
+                return {"teacher": shape, "own_ids": signal.rows_T is not None}
+            case TopKSignal():
+                return {"sparse": self.sparse, "sparse_ids": signal.vocab_size}
+            case SampledSignal():
+                return {"sparse": "sampled", "sparse_ids": signal.vocab_size}
+        return {}
+
+    def _squares(
+        self, hidden_BSD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, *, scales: Tensor, sweep: Sweep
+    ) -> Tensor:
+        """One more walk per term, for its own gradient of the hidden states."""
+        hidden_PD = hidden_BSD.detach().reshape(-1, hidden_BSD.shape[-1])
+        student = StudentSide(hidden_PD, weight_VD.detach(), None if bias_V is None else bias_V.detach())
+        sweep = replace(sweep, plan=replace(sweep.plan, measure=False, gradient=True))
+        squares = []
+        with torch.no_grad():
+            for index in range(len(self.terms)):
+                alone = torch.zeros_like(scales)
+                alone[index] = scales[index]
+                unit = _power_of_two_above(alone.abs().max())
+                gradients = Gradients(hidden_PD=torch.zeros_like(hidden_PD))
+                _run(sweep, student=student, factors=alone / unit, gradients=gradients)
+                assert gradients.hidden_PD is not None
+                squares.append(gradients.hidden_PD.float().square().sum() * unit.square())
+        return torch.stack(squares)
 
 
 class _FusedVocabulary(torch.autograd.Function):
@@ -90,39 +145,65 @@ class _FusedVocabulary(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_BSD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scales: Tensor, sweep: Sweep
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         student = StudentSide(hidden_BSD.reshape(-1, hidden_BSD.shape[-1]), weight_VD, bias_V)
         wants_hidden, wants_weight, wants_bias = (sweep.plan.gradient and need for need in ctx.needs_input_grad[:3])
         gradients = sweep.empty_gradients(student, wants=(wants_hidden, wants_weight, wants_bias))
         unit = _power_of_two_above(scales.abs().max())
-        with torch.autocast(hidden_BSD.device.type, enabled=False):
-            sums, health = sweep.run(student, factors=scales / unit, gradients=gradients)
+        result = _run(sweep, student=student, factors=scales / unit, gradients=gradients)
         ctx.gradients, ctx.unit, ctx.hidden_shape = gradients, unit, hidden_BSD.shape
         ctx.bias_dtype = None if bias_V is None else bias_V.dtype
-        ctx.mark_non_differentiable(sums, health)
-        return (scales * sums).sum(), sums, health
+        figures = (result.sums, result.health, result.kept, result.histogram)
+        ctx.mark_non_differentiable(*figures)
+        return (scales * result.sums).sum(), *figures
 
     @staticmethod
     def backward(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None
         assert gradients is not None, "the vocabulary pass hands its gradients over once; run the pass again"
         factor = loss_gradient * ctx.unit
-        for tensor in (gradients.hidden_ND, gradients.weight_VD, gradients.bias_V):
+        for tensor in (gradients.hidden_PD, gradients.weight_VD, gradients.bias_V):
             if tensor is not None:
                 tensor.mul_(factor)
-        hidden = None if gradients.hidden_ND is None else gradients.hidden_ND.view(ctx.hidden_shape)
+        hidden = None if gradients.hidden_PD is None else gradients.hidden_PD.view(ctx.hidden_shape)
         bias = None if gradients.bias_V is None else gradients.bias_V.to(ctx.bias_dtype)
         return hidden, gradients.weight_VD, bias, None, None
+
+
+def _run(sweep: Sweep, /, *, student: StudentSide, factors: Tensor, gradients: Gradients) -> SweepResult:
+    """The walk with the terms' own dtypes, whatever autocast says around it."""
+    with torch.autocast(student.hidden_PD.device.type, enabled=False):
+        return _with_spans(sweep, student=student, factors=factors, gradients=gradients)
+
+
+def _with_spans(sweep: Sweep, /, *, student: StudentSide, factors: Tensor, gradients: Gradients) -> SweepResult:
+    """The walk, with the term over spans added: its slope must be known before the walk meets a span's first token."""
+    places = [i for i, term in enumerate(sweep.plan.terms) if isinstance(term.divergence, SpanLikelihood)]
+    translation, signal = sweep.batch.translation, sweep.signal
+    if not places:
+        return sweep.run(student, factors=factors, gradients=gradients)
+    assert translation is not None and isinstance(signal, TopKSignal) and signal.scored_logp_L is not None
+    counted_T = sweep.batch.counted_T
+    positions_U = counted_T[translation.span_token_U]
+    dtype = torch.promote_types(student.weight_VD.dtype, torch.float32)
+    weight_T = sweep.batch.token_weight_BS.reshape(-1)[counted_T].to(dtype)
+    logq_U = label_log_probabilities(
+        student.hidden_PD[positions_U],
+        sweep.batch.labels_BS.reshape(-1)[positions_U],
+        weight_VD=student.weight_VD,
+        bias_V=student.bias_V,
+        head=sweep.plan.student,
+        chunk_tokens=sweep.chunk_tokens,
+    )
+    total, hard_T = span_terms(logq_U, translation=translation, scored_logp_L=signal.scored_logp_L, weight_T=weight_T)
+    factor = factors[places].sum()
+    result = replace(sweep, hard_T=hard_T * factor).run(student, factors=factors, gradients=gradients)
+    sums = result.sums.clone()
+    sums[places] = total.to(sums.dtype)
+    return replace(result, sums=sums)
 
 
 def _power_of_two_above(value: Tensor, /) -> Tensor:
     """The smallest power of two above a non-negative scalar; 1 for 0."""
     _, exponent = torch.frexp(value)
     return torch.ldexp(torch.ones_like(value), exponent)
-
-
-def _teacher_shape(signal: HiddenSignal | None, /) -> HeadShape | None:
-    if signal is None:
-        return None
-    head = signal.head
-    return HeadShape(head.vocab_size, head.scale, head.softcap, head.bias_V is not None)

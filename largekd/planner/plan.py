@@ -1,11 +1,13 @@
 """The memory plan of a run: what its configuration will need on each rank, before anything is loaded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from largekd.config.checks import check_world
 from largekd.config.placement import read_placements
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError
+from largekd.planner.alignment import alignment_terms, alignment_warnings
 from largekd.planner.locate import read_model_config
 from largekd.planner.memory import PLACES, MemoryTerm, Place, Side, memory_terms, peak_bytes
 from largekd.planner.shapes import ModelShape, read_shape
@@ -23,6 +25,7 @@ class Plan:
     teacher: ModelShape
     student: ModelShape
     terms: tuple[MemoryTerm, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def peaks(self) -> dict[Place, int]:
@@ -47,31 +50,38 @@ def plan(config: RunConfig, *, world_size: int) -> Plan:
     student_side = Side("student", student, placements.student, world_size, dtype_bytes)
     _check_buffers(teacher_side, key="teacher.deepspeed")
     _check_buffers(student_side, key="student.deepspeed")
+    sides = {"teacher": teacher_side, "student": student_side}
+    aligned = alignment_terms(config, **sides, accumulation=accumulation)
     return Plan(
         world_size=world_size,
         accumulation=accumulation,
         tokens_per_step=config.train.global_batch_size * config.train.sequence_length,
         teacher=teacher,
         student=student,
-        terms=memory_terms(config, teacher=teacher_side, student=student_side, accumulation=accumulation),
+        terms=(*memory_terms(config, **sides, accumulation=accumulation), *aligned),
+        warnings=alignment_warnings(aligned),
     )
 
 
 def _student_shape(config: RunConfig, *, teacher: ModelShape) -> ModelShape:
     student = config.student
     if student.model is not None:
-        return read_shape(read_model_config(student.model, revision=student.revision))
+        whole = read_shape(read_model_config(student.model, revision=student.revision))
+        if student.layers is None:
+            return whole
+        return _with_layers(whole, layers=student.layers, key="student.layers", model=student.model)
     if student.config is not None:
         return read_shape(read_model_config(student.config, revision=student.revision))
     layers = student.teacher_layers or ()
-    depth = len(teacher.layers)
+    return _with_layers(teacher, layers=layers, key="student.teacher_layers", model=config.teacher.model)
+
+
+def _with_layers(whole: ModelShape, *, layers: Sequence[int], key: str, model: str) -> ModelShape:
+    depth = len(whole.layers)
     beyond = [index for index in layers if index >= depth]
     if beyond:
-        raise ConfigError(
-            f"student.teacher_layers: {beyond[0]} is not a layer of {config.teacher.model}, "
-            f"whose layers are 0 to {depth - 1}."
-        )
-    return teacher.with_layers(layers)
+        raise ConfigError(f"{key}: {beyond[0]} is not a layer of {model}, whose layers are 0 to {depth - 1}.")
+    return whole.with_layers(tuple(layers))
 
 
 def _check_positions(config: RunConfig, *, key: str, shape: ModelShape) -> None:

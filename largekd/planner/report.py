@@ -47,6 +47,7 @@ def render_plan(made: Plan) -> str:
             lines.append(f"  {'peak':<48}{place:<13}{'':<11}{made.peaks[place] / _GB:>10.3f}")
     together = (made.peaks["accelerator"] + made.peaks["host"]) / _GB
     lines.append(f"without a GPU the accelerator is host memory: {together:.3f} GB a rank together")
+    lines += [f"warning: {warning}" for warning in made.warnings]
     return "\n".join(lines)
 
 
@@ -63,6 +64,7 @@ def plan_to_mapping(made: Plan) -> dict[str, Any]:
             for term in made.terms
         ],
         "peak_bytes": dict(made.peaks),
+        "warnings": list(made.warnings),
     }
 
 

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +41,41 @@ def gathered(parameters: Iterable[Tensor], *, modifier_rank: int | None = None) 
 
     with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=modifier_rank):
         yield
+
+
+@contextmanager
+def gathering_forward(module: nn.Module) -> Iterator[None]:
+    """Inside the block, forwards of `module` work without an engine: each submodule gathers its own parameters while
+    it runs. Every rank must run the same forwards. For a few evaluations at build; nothing is prefetched."""
+    open_blocks: dict[nn.Module, AbstractContextManager[None]] = {}
+
+    def enter(inner: nn.Module, _inputs: Any) -> None:
+        open_blocks[inner] = gathered(inner.parameters(recurse=False))
+        open_blocks[inner].__enter__()
+
+    def leave(inner: nn.Module, _inputs: Any, _output: Any) -> None:
+        open_blocks.pop(inner).__exit__(None, None, None)
+
+    handles = []
+    for inner in module.modules():
+        if any(is_sharded(parameter) for parameter in inner.parameters(recurse=False)):
+            handles += [inner.register_forward_pre_hook(enter), inner.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def sharded_modules(ds_config: Mapping[str, Any], *, seed: int) -> Iterator[None]:
+    """Like `sharded_init` for modules that initialise themselves, which they do with the same values on all ranks."""
+    import deepspeed
+
+    with _BUILD_LOCK, torch.random.fork_rng():
+        torch.manual_seed(seed)
+        with deepspeed.zero.Init(config_dict_or_path=dict(ds_config)):
+            yield
 
 
 def is_sharded(parameter: Tensor) -> bool:

@@ -43,10 +43,14 @@ def test_every_key_is_listed_once_with_a_default_or_required() -> None:
     assert keys["train.max_steps"].default == "null"
     assert keys["train.global_batch_size"].default is None
     assert keys["optim.betas"].kind == "list of 2 numbers"
-    assert keys["objective.divergences.*.name"].kind == "forward_kl | reverse_kl | jsd"
+    assert keys["objective.divergences.*.name"].kind.startswith("forward_kl | reverse_kl | bidirectional_kl | jsd | ")
+    assert (keys["objective.alpha"].kind, keys["objective.alpha"].default) == ("number | mapping", "0.5")
+    assert keys["objective.features.*.layers.pairs"].kind == "list of lists of 2 whole numbers"
+    assert keys["objective.attention.*.relations"].kind == "list of (qq | kk | vv | qk)"
+    assert keys["plugins"].kind == "list of texts"
     assert keys["data.eval.path"].description
     for group in RunConfig.model_fields:
-        assert any(name.startswith(f"{group}.") for name in keys)
+        assert any(name == group or name.startswith(f"{group}.") for name in keys)
 
 
 def test_the_reference_describes_every_key_of_a_minimal_file(minimal: dict[str, Any]) -> None:
@@ -55,4 +59,9 @@ def test_the_reference_describes_every_key_of_a_minimal_file(minimal: dict[str, 
         for name in section:
             assert f"  {group}.{name}" in text
     assert "data.eval  (as data.train; default null)" in text
+    assert "objective.alpha  (number | mapping; default 0.5)" in text
+    assert "objective.temperature  (as objective.alpha; default 1.0)" in text
+    assert "objective.attention.*.layers  (as objective.features.*.layers)" in text
+    assert "\n  plugins  (list of texts; default [])" in text
+    assert text.count("warmup_frac") == 1, "a curve's keys are explained once"
     assert max(len(line) for line in text.splitlines()) <= 110

@@ -1,5 +1,6 @@
 """Tiny tokenizers built in memory, and sample stores without files."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -91,3 +92,31 @@ def make_store() -> Callable[..., SampleStore]:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test stores its data sets apart from the user's."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+def build_metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """As sentencepiece makes them: ▁ for a space and before a text, and <0xNN> for bytes of unknown characters."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()
+    trained.train_from_iterator(LINES, trainers.BpeTrainer(vocab_size=150, show_progress=False))
+    described = json.loads(trained.to_str())["model"]
+    tokens = ["<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *described["vocab"]]
+    merges = [tuple(pair) for pair in described["merges"]]
+    vocabulary = {token: place for place, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=False))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=CHATML)
+
+
+@pytest.fixture(scope="session")
+def metaspace() -> PreTrainedTokenizerFast:
+    return build_metaspace_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def other(make_tokenizer: Callable[..., PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with fewer merges than `tokenizer`, which reports offsets without spaces."""
+    return make_tokenizer(vocab_size=290, trim_offsets=True)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from largekd.contracts import IGNORE_LABEL, Counts
+from largekd.contracts import IGNORE_LABEL, counts_of
 from largekd.data.collate import collate
 from largekd.data.packing import one_per_row, pack
 from largekd.data.store import SampleStore
@@ -45,7 +45,7 @@ def test_weights_and_counted_positions(make_store: MakeStore) -> None:
     assert batch.token_weight_BS.dtype == torch.float32
     assert len(batch.counted_T) == learnt[0] + learnt[2]
     assert (batch.labels_BS.flatten()[batch.counted_T] != IGNORE_LABEL).all()
-    assert Counts.of([batch]).label_tokens == 0.5 * learnt[0] + 2.0 * learnt[2]
+    assert float(counts_of([batch])[0]) == 0.5 * learnt[0] + 2.0 * learnt[2]
     assert batch.token_weight_BS[batch.labels_BS == IGNORE_LABEL].sum() == 0
     assert batch.sample_ids == tuple(segment.sample_id for row in rows for segment in row)
 

@@ -79,6 +79,17 @@ def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     assert texts(read_records(SourceConfig(path=str(path), max_samples=1))) == ["two"]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_skipped_samples_come_before_those_that_are_read(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    rows = datasets.Dataset.from_dict({"text": ["one", "two", "three", "four"]})
+    rows.to_parquet(path) if suffix == ".parquet" else rows.to_json(path)
+    assert texts(read_records(SourceConfig(path=str(path), skip_samples=1, max_samples=2))) == ["two", "three"]
+    assert texts(read_records(SourceConfig(path=str(path), skip_samples=2))) == ["three", "four"]
+    with pytest.raises(DataError, match="empty"):
+        read_records(SourceConfig(path=str(path), skip_samples=4))
+
+
 def test_max_samples_counts_over_files(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"text": "one"}, {"text": "two"}])
     write_lines(tmp_path / "b.jsonl", [{"text": "three"}, {"text": "four"}])

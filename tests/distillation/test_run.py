@@ -127,3 +127,11 @@ def test_an_optimizer_on_nvme_is_never_resumed(tiny_assets, one_rank, tmp_path):
     assert one_rank.run(distil_until, tree=tree, step=2, rank=0) == [None]
     assert not list((tmp_path / "run/checkpoints").glob("step_*"))
     assert one_rank.run(distil, tree=tree)[0]["steps"] == 6
+
+
+def test_a_run_may_leave_out_the_first_evaluation(tiny_assets, two_ranks, tmp_path):
+    tree = settings(tiny_assets, tmp_path / "run", eval__before=False, train__max_steps=1, optim__warmup_steps=0)
+    summary, _ = two_ranks.run(distil, tree=tree)
+    assert summary["eval"]["before"] is None and summary["eval"]["after"]["kl"] > 0
+    records = [json.loads(line) for line in (tmp_path / "run/evaluation.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1]

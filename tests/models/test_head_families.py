@@ -60,7 +60,7 @@ def test_hidden_states_and_head_give_the_family_s_logits(family):
     )
     with torch.no_grad():
         expected = model(**batch.model_inputs, use_cache=False).logits
-        found = formula(decoder(batch=batch), decoder.head_weight, decoder.head_bias, decoder.head_spec)
+        found = formula(decoder(batch=batch)["last"], decoder.head_weight, decoder.head_bias, decoder.head_spec)
     assert expected.std() > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 

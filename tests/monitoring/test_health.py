@@ -16,6 +16,7 @@ def sums_of(*, student_TV: torch.Tensor, teacher_TV: torch.Tensor, labels_T: tor
         "ce": -q.log()[range(len(labels_T)), labels_T],
         "student_top1_correct": (q.argmax(-1) == labels_T).double(),
         "student_entropy": -(q * q.log()).sum(-1),
+        "signal_weight": torch.ones_like(weight_T),
         "teacher_entropy": -(p * p.log()).sum(-1),
         "teacher_ce": -p.log()[range(len(labels_T)), labels_T],
         "kl_t1": (p * (p.log() - q.log())).sum(-1),
@@ -49,6 +50,15 @@ def test_no_counted_token_and_missing_sums():
     assert all(math.isnan(value) for value in figures.values())
     with pytest.raises(AssertionError, match="'ce'"):
         health_figures({name: 1.0 for name in HEALTH_NAMES if name != "ce"})
+
+
+def test_figures_of_the_teacher_are_over_the_tokens_that_it_has_a_signal_for():
+    sums = dict.fromkeys(HEALTH_NAMES, 6.0) | {"token_weight": 4.0, "signal_weight": 3.0}
+    figures = health_figures(sums)
+    assert figures["health/kl_t1"] == figures["health/top1_agreement"] == figures["health/teacher_entropy"] == 2.0
+    assert figures["health/student_entropy"] == figures["health/student_top1_accuracy"] == 1.5
+    figures = health_figures(sums | {"signal_weight": 0.0})
+    assert math.isnan(figures["health/kl_t1"]) and figures["health/student_entropy"] == 1.5
 
 
 def test_perplexity_at_the_ends():

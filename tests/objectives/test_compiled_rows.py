@@ -6,23 +6,22 @@ import pytest
 import torch
 from vocabulary_reference import make_case
 
-from largekd.contracts import SignalRequest
 from largekd.objectives import compiled
 from largekd.objectives.divergences import JSD, forward_kl, reverse_kl
 from largekd.objectives.terms import VocabularyTerm
 from largekd.objectives.vocabulary import VocabularyPass
 
 TERMS = tuple(
-    VocabularyTerm(str(i), 1.0, divergence, SignalRequest(distribution=divergence is not None))
-    for i, divergence in enumerate((None, forward_kl, reverse_kl, JSD(mix=0.3)))
+    VocabularyTerm(str(i), divergence) for i, divergence in enumerate((None, forward_kl, reverse_kl, JSD(mix=0.3)))
 )
 SCALES = torch.tensor([0.5, 0.3, 0.2, 1.5])
 
 
 def outcome(*, compile: bool, temperature: float, **options) -> tuple[VocabularyPass, list[torch.Tensor]]:
     case = make_case(bias=True, softcap=5.0, **options)
-    module = VocabularyPass(terms=TERMS, temperature=temperature, chunk_tokens=20, compile=compile)
+    module = VocabularyPass(terms=TERMS, chunk_tokens=20, compile=compile)
     arguments = {"vocab_size": case.vocab_size, "batch": case.batch, "signal": case.signal, "scales": SCALES}
+    arguments["temperature"] = None if temperature == 1.0 else torch.tensor(temperature)
     result = module(case.hidden_BSD, case.weight_VD, case.bias_V, softcap=5.0, **arguments)
     result["loss"].backward()
     return module, [

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from vocabulary_reference import TOKENS, VOCAB, Case, logits64, make_case, reference
 
-from largekd.contracts import HEALTH_NAMES, TEACHER_HEALTH_NAMES, HiddenSignal, SignalRequest, VocabularyHead
+from largekd.contracts import HEALTH_NAMES, TEACHER_HEALTH_NAMES, HiddenSignal, VocabularyHead
 from largekd.objectives.divergences import JSD, forward_kl, reverse_kl
 from largekd.objectives.terms import VocabularyTerm
 from largekd.objectives.vocabulary import VocabularyPass
@@ -19,10 +19,8 @@ SCALES = {"cross_entropy": 0.5, "forward_kl": 0.03, "reverse_kl": 0.2, "jsd": 1.
 
 
 def run(case: Case, *, names=ALL, temperature=1.0, chunk=7, measure=False, compiles=False, signal=True):
-    terms = [
-        VocabularyTerm(n, 1.0, DIVERGENCES[n], SignalRequest(distribution=DIVERGENCES[n] is not None)) for n in names
-    ]
-    module = VocabularyPass(terms=terms, temperature=temperature, chunk_tokens=chunk, compile=compiles)
+    terms = [VocabularyTerm(n, DIVERGENCES[n]) for n in names]
+    module = VocabularyPass(terms=terms, chunk_tokens=chunk, compile=compiles)
     return module(
         case.hidden_BSD,
         case.weight_VD,
@@ -32,6 +30,7 @@ def run(case: Case, *, names=ALL, temperature=1.0, chunk=7, measure=False, compi
         signal=case.signal if signal else None,
         scales=torch.tensor([SCALES[n] for n in names]),
         measure=measure,
+        temperature=None if temperature == 1.0 else torch.tensor(temperature),
         head_scale=case.head_scale,
         softcap=case.softcap,
     )
@@ -222,8 +221,7 @@ def test_zero_counted_tokens_keep_the_graph() -> None:
 def test_zero_scales_give_zero_gradients() -> None:
     case = make_case()
     module = VocabularyPass(
-        terms=[VocabularyTerm("forward_kl", 1.0, forward_kl, SignalRequest(distribution=True))],
-        temperature=1.0,
+        terms=[VocabularyTerm("forward_kl", forward_kl)],
         chunk_tokens=8,
     )
     arguments = {"vocab_size": VOCAB, "batch": case.batch, "signal": case.signal, "scales": torch.zeros(1)}
@@ -244,8 +242,7 @@ def test_tiny_scales_do_not_underflow_in_half_precision() -> None:
     """A weight over a count of 10^7 with a loss scale of 2^20 on top: float16 cannot hold the product without."""
     case = make_case(dtype=torch.float16)
     module = VocabularyPass(
-        terms=[VocabularyTerm("forward_kl", 1.0, forward_kl, SignalRequest(distribution=True))],
-        temperature=1.0,
+        terms=[VocabularyTerm("forward_kl", forward_kl)],
         chunk_tokens=8,
     )
     arguments = {"vocab_size": VOCAB, "batch": case.batch, "signal": case.signal, "scales": torch.tensor([1e-7])}
@@ -349,6 +346,7 @@ def test_health_figures(temperature, teacher_vocab) -> None:
         "ce": torch.nn.functional.cross_entropy(z, labels, reduction="none"),
         "student_top1_correct": (z.argmax(-1) == labels).double(),
         "student_entropy": -(q * q.log()).sum(-1),
+        "signal_weight": torch.ones_like(weight),
         "teacher_entropy": -(p * p.log()).sum(-1),
         "teacher_ce": torch.nn.functional.pad(p, (0, VOCAB - teacher_vocab))
         .log()
@@ -385,7 +383,8 @@ def test_without_a_teacher() -> None:
     health = dict(zip(HEALTH_NAMES, result["health"], strict=True))
     assert all(health[name] == 0 for name in TEACHER_HEALTH_NAMES)
     with_teacher = dict(zip(HEALTH_NAMES, run(case, names=["cross_entropy"], measure=True)["health"], strict=True))
-    for name in set(HEALTH_NAMES) - set(TEACHER_HEALTH_NAMES):
+    assert health["signal_weight"] == 0 and with_teacher["signal_weight"] == with_teacher["token_weight"]
+    for name in set(HEALTH_NAMES) - set(TEACHER_HEALTH_NAMES) - {"signal_weight"}:
         torch.testing.assert_close(health[name], with_teacher[name])
     assert with_teacher["kl_t1"] > 0
     with pytest.raises(AssertionError, match="no teacher signal"):

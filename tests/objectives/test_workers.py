@@ -6,7 +6,6 @@ import pytest
 import torch
 from vocabulary_reference import make_case
 
-from largekd.contracts import SignalRequest
 from largekd.objectives.divergences import JSD
 from largekd.objectives.terms import VocabularyTerm
 from largekd.objectives.vocabulary import VocabularyPass
@@ -58,13 +57,13 @@ def test_the_pass_does_not_depend_on_threads(monkeypatch) -> None:
         case = make_case(bias=True)
         module = VocabularyPass(
             terms=[
-                VocabularyTerm("cross_entropy", 1.0, None, SignalRequest()),
-                VocabularyTerm("jsd", 1.0, JSD(mix=0.3), SignalRequest(distribution=True)),
+                VocabularyTerm("cross_entropy", None),
+                VocabularyTerm("jsd", JSD(mix=0.3)),
             ],
-            temperature=2.0,
             chunk_tokens=13,
         )
         arguments = {"batch": case.batch, "signal": case.signal, "scales": torch.tensor([0.5, 2.0])}
+        arguments["temperature"] = torch.tensor(2.0)
         result = module(
             case.hidden_BSD, case.weight_VD, case.bias_V, vocab_size=case.vocab_size, measure=True, **arguments
         )

@@ -72,18 +72,79 @@ def logits64(
     return z if cap is None else cap * torch.tanh(z / cap)
 
 
-def divergence64(name: str, p: Tensor, q: Tensor, mix: float) -> Tensor:
+DEFAULTS = {
+    "mix": 0.5,
+    "forward_weight": 0.5,
+    "reverse_weight": 0.5,
+    "skew": 0.1,
+    "head_mass": 0.5,
+    "alpha": 0.5,
+    "beta": 0.5,
+    "top_k": 8,
+    "margin": 1.0,
+}
+"""Parameters of the divergences as the configuration has them."""
+
+
+def divergence64(name: str, p: Tensor, q: Tensor, mix: float = 0.5, **parameters: float) -> Tensor:
     """Textbook formulas with torch.xlogy, so that 0·log 0 = 0; per row."""
+    value = {**DEFAULTS, "mix": mix, **parameters}
+    mix, skew, a, b = value["mix"], value["skew"], value["alpha"], value["beta"]
 
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (torch.xlogy(a, a) - torch.xlogy(a, b)).sum(-1)
+    def kl(x: Tensor, y: Tensor) -> Tensor:
+        return (torch.xlogy(x, x) - torch.xlogy(x, y)).sum(-1)
 
-    m = mix * p + (1 - mix) * q
+    def jsd() -> Tensor:
+        m = mix * p + (1 - mix) * q
+        return mix * kl(p, m) + (1 - mix) * kl(q, m)
+
     return {
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
-        "jsd": lambda: mix * kl(p, m) + (1 - mix) * kl(q, m),
+        "bidirectional_kl": lambda: value["forward_weight"] * kl(p, q) + value["reverse_weight"] * kl(q, p),
+        "jsd": jsd,
+        "skewed_forward_kl": lambda: kl(p, skew * p + (1 - skew) * q),
+        "skewed_reverse_kl": lambda: kl(q, skew * q + (1 - skew) * p),
+        "adaptive_kl": lambda: adaptive_kl64(p, q, head_mass=value["head_mass"]),
+        "total_variation": lambda: 0.5 * (p - q).abs().sum(-1),
+        "alpha_beta": lambda: (
+            -(p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)).sum(-1) / (a * b)
+        ),
+        "logit_mse": lambda: (p.log() - q.log()).var(-1, correction=0) / 2,
+        "ranking_hinge": lambda: ranking_hinge64(p, q, top_k=int(value["top_k"]), margin=value["margin"]),
+        "sorted_distance": lambda: sorted_distance64(p, q),
     }[name]()
+
+
+def adaptive_kl64(p: Tensor, q: Tensor, *, head_mass: float) -> Tensor:
+    """By a sort, outcome by outcome; expects no ties."""
+    rows = []
+    for p_V, q_V in zip(p, q, strict=True):
+        order = p_V.argsort(descending=True)
+        gap = (p_V - q_V).detach().abs()[order]
+        head, mass = 0, 0.0
+        while mass < head_mass and head < len(order):
+            mass += float(p_V[order[head]])
+            head += 1
+        share = gap[:head].sum() / gap.sum()
+        rows.append(share * (p_V * (p_V / q_V).log()).sum() + (1 - share) * (q_V * (q_V / p_V).log()).sum())
+    return torch.stack(rows)
+
+
+def ranking_hinge64(p: Tensor, q: Tensor, *, top_k: int, margin: float) -> Tensor:
+    """Pair by pair; expects no ties."""
+    rows = []
+    for p_V, q_V in zip(p, q, strict=True):
+        order = p_V.argsort(descending=True)[:top_k].tolist()
+        pairs = [(i, j) for n, i in enumerate(order) for j in order[n + 1 :]]
+        rows.append(sum((margin - (q_V[i] / q_V[j]).log()).clamp_min(0) for i, j in pairs) / len(pairs))
+    return torch.stack(rows)
+
+
+def sorted_distance64(p: Tensor, q: Tensor) -> Tensor:
+    width = max(p.shape[-1], q.shape[-1])
+    p, q = (torch.nn.functional.pad(x, (0, width - x.shape[-1])) for x in (p, q))
+    return (p.sort(-1).values - q.sort(-1).values).abs().sum(-1)
 
 
 def reference(case: Case, *, names: list[str], temperature: float, mix: float = 0.5) -> Tensor:

@@ -104,7 +104,7 @@ def test_folders_that_cannot_be_loaded(teacher, tmp_path):
     with pytest.raises(ConfigError, match="not a file name in this folder"):
         tensor_files(tmp_path)
     config = read_config(Path(teacher), key="teacher.model", trust_remote_code=False)
-    with pytest.raises(ConfigError, match=r"student\.teacher_layers = \[0, 4\]: the teacher has layers 0 to 3; 4 is"):
+    with pytest.raises(ConfigError, match=r"student\.teacher_layers = \[0, 4\]: the model has layers 0 to 3; 4 is"):
         config_with_layers(config, layers=[0, 4])
 
 

@@ -164,7 +164,8 @@ def _print_report(report: dict[str, Any], /) -> None:
         for divergence in ("forward_kl", "reverse_kl", "jsd"):
             rows = [r for r in report["accuracy"] if (r["contender"], r["divergence"]) == (name, divergence)]
             loss, gradient = (max(row[field] for row in rows) for field in ("loss_error", "gradient_error"))
-            print(f"{LABELS[name]:40} {divergence:11} loss {loss:.1e}  gradient {gradient:.1e}")
+            label = LABELS.get(name, "float64 after rounding the logits (floor)")
+            print(f"{label:40} {divergence:11} loss {loss:.1e}  gradient {gradient:.1e}")
     growth = report["growth"]
     print(f"\nGrowth beyond the head's gradient: {growth['slope']:.0f} bytes per token (limit {growth['limit']:.0f})\n")
     for bar in report["bars"]:

@@ -123,7 +123,7 @@ def first_step(name: str, recipe: Path, /, *, python: str, turn: int) -> dict[st
         processes.append(
             subprocess.Popen(
                 [python, str(HERE / "startup_first.py"), name, str(_own_run(recipe, name=name, turn=turn))],
-                env={**os.environ, **variables},
+                env={**os.environ, **variables, **_own_extensions(python)},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -134,6 +134,13 @@ def first_step(name: str, recipe: Path, /, *, python: str, turn: int) -> dict[st
         "cpu_s": sum(report["cpu_s"] for report in reports),
         "wall_s": max(report["wall_s"] for report in reports),
     }
+
+
+def _own_extensions(python: str, /) -> dict[str, str]:
+    """DeepSpeed's compiled helpers beside another interpreter: two environments in one folder compile at each start."""
+    if python == sys.executable:
+        return {}
+    return {"TORCH_EXTENSIONS_DIR": str(Path(python).parent.parent / "torch_extensions")}
 
 
 def _own_run(recipe: Path, /, *, name: str, turn: int) -> Path:

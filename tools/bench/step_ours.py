@@ -15,8 +15,8 @@ from largekd.config.objective import ForwardKLConfig, ObjectiveConfig
 from largekd.config.placement import read_placement
 from largekd.config.train import OptimConfig, TrainConfig
 from largekd.contracts import IGNORE_LABEL, Batch
-from largekd.distillation.model import DistillModel
-from largekd.distillation.step import step_scales, train_step
+from largekd.distillation.builder import build_distill_model
+from largekd.distillation.step import StepSetting, step_scales, train_step
 from largekd.engine.ds_config import frozen_ds_config, train_ds_config
 from largekd.engine.frozen import FrozenEngine
 from largekd.engine.train import TrainEngine
@@ -24,8 +24,7 @@ from largekd.models.build import build_model, load_pretrained
 from largekd.models.decoder import Decoder
 from largekd.models.source import read_config
 from largekd.monitoring.timers import Timers
-from largekd.objectives.terms import VocabularyTerm, build_terms, request_of
-from largekd.objectives.vocabulary import VocabularyPass
+from largekd.objectives.terms import Objective, build_objective
 from largekd.optim.groups import build_groups
 from largekd.sharding.accelerator import device
 from largekd.sharding.cluster import process_group
@@ -39,18 +38,21 @@ def run(job: Job) -> dict[str, Any]:
     """Build both engines, run the steps, report."""
     with process_group(timeout_s=600):
         clock = Clock(job)
-        engine, teacher, terms = build_engines(job)
+        engine, teacher, objective = build_engines(job)
         ranks, rank = dist.get_world_size(), dist.get_rank()
         for step in range(job.steps):
             clock.before_step(step)
             batches = [make_batch(job.cell, step=step, rank=rank).to(device=device())]
-            scales = step_scales(batches, terms=terms, world_size=ranks, device=device())
+            setting = StepSetting.at(objective=objective, alignment=None, step=step, max_steps=job.steps, seed=0)
+            scales = step_scales(
+                batches, objective=objective, factors=setting.factors, world_size=ranks, device=device()
+            )
             result = train_step(
                 batches,
                 scales=scales,
+                setting=setting,
                 engine=engine,
                 teacher=teacher,
-                request=request_of(terms),
                 lr=LR,
                 timers=Timers(),
                 measure=False,
@@ -63,7 +65,7 @@ def run(job: Job) -> dict[str, Any]:
     return report
 
 
-def build_engines(job: Job, /) -> tuple[TrainEngine, OnlineTeacher, tuple[VocabularyTerm, ...]]:
+def build_engines(job: Job, /) -> tuple[TrainEngine, OnlineTeacher, Objective]:
     """Both engines as the builder of a run makes them, from the cell instead of a recipe."""
     cell, ranks = job.cell, dist.get_world_size()
     train = TrainConfig(
@@ -79,20 +81,14 @@ def build_engines(job: Job, /) -> tuple[TrainEngine, OnlineTeacher, tuple[Vocabu
     trained = train_ds_config(placements["student"], train=train, optim=optim, accumulation=1, world_size=ranks)
     teacher = _decoder(Path(job.models) / "teacher", ds_config=frozen, precision=cell.dtype)
     student = _decoder(Path(job.models) / "student", ds_config=trained, precision=cell.dtype)
-    objective = ObjectiveConfig(
-        alpha=1.0, divergences=(ForwardKLConfig(name="forward_kl"),), compile=job.contender == COMPILED
+    objective = build_objective(
+        ObjectiveConfig(alpha=1.0, divergences=(ForwardKLConfig(name="forward_kl"),), compile=job.contender == COMPILED)
     )
-    terms = build_terms(objective)
-    vocabulary = VocabularyPass(
-        terms=terms,
-        temperature=objective.temperature,
-        chunk_tokens=objective.chunk_tokens,
-        compile=objective.compile,
-    )
-    module = DistillModel(student=student, vocabulary=vocabulary)
+    module = build_distill_model(objective, student=student)
     frozen_engine = FrozenEngine(module=teacher, ds_config=frozen)
     engine = TrainEngine(module=module, groups=build_groups(module.named_trainables(), config=optim), ds_config=trained)
-    return engine, OnlineTeacher(engine=frozen_engine, decoder=teacher, gather_head_once=True), terms
+    served = OnlineTeacher(engine=frozen_engine, decoder=teacher, gather_head_once=True, shared_ids=cell.vocab)
+    return engine, served, objective
 
 
 def make_batch(cell: Cell, /, *, step: int, rank: int) -> Batch:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from vocab_cell import Cell, Inputs
 
-from largekd.contracts import Batch, HiddenSignal, SignalRequest, VocabularyHead
+from largekd.contracts import Batch, HiddenSignal, VocabularyHead
 from largekd.objectives.divergences import JSD, Divergence, forward_kl, reverse_kl
 from largekd.objectives.terms import VocabularyTerm
 from largekd.objectives.vocabulary import VocabularyPass
@@ -31,11 +31,8 @@ def ours(cell: Cell, inputs: Inputs, /, *, chunk_tokens: int, compile: bool = Fa
     """The fused pass of this project."""
     key = (cell.divergence, cell.temperature, chunk_tokens, compile)
     if key not in _PASSES:
-        needs = SignalRequest(distribution=True)
-        term = VocabularyTerm(cell.divergence, 1.0, DIVERGENCES[cell.divergence], needs)
-        _PASSES[key] = VocabularyPass(
-            terms=(term,), temperature=cell.temperature, chunk_tokens=chunk_tokens, compile=compile
-        )
+        term = VocabularyTerm(cell.divergence, DIVERGENCES[cell.divergence])
+        _PASSES[key] = VocabularyPass(terms=(term,), chunk_tokens=chunk_tokens, compile=compile)
     tokens = inputs.labels_T.numel()
     labels_BS = inputs.labels_T[None]
     batch = Batch(labels_BS, labels_BS, torch.ones(1, tokens), torch.arange(tokens))
@@ -46,6 +43,7 @@ def ours(cell: Cell, inputs: Inputs, /, *, chunk_tokens: int, compile: bool = Fa
         batch=batch,
         signal=HiddenSignal(inputs.teacher_hidden_TE[None], VocabularyHead(inputs.teacher_weight_VE, cell.vocab)),
         scales=torch.full((1,), 1 / tokens),
+        temperature=None if cell.temperature == 1.0 else torch.tensor(cell.temperature),
     )["loss"]
     loss.backward()
     if compile:

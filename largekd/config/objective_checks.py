@@ -1,0 +1,191 @@
+"""Rules that join several keys of the objective."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+from largekd.config.alignment import AttentionConfig, ClosestLayersConfig, FeatureConfig
+from largekd.config.divergence import BidirectionalKLConfig, DivergenceConfig, PluginConfig
+from largekd.config.model import StudentConfig
+from largekd.config.objective import ObjectiveConfig
+from largekd.config.schedule import CurveConfig, extremes
+
+# They compare ranks or logits of all ids, so that kept ids alone do not define them.
+_WHOLE_DISTRIBUTION = ("sorted_distance", "logit_mse", "ranking_hinge")
+
+
+def check_objective(objective: ObjectiveConfig, *, student: StudentConfig, plugins: tuple[str, ...]) -> Iterator[str]:
+    """The rules that the objective's values break, one line each."""
+    yield from _curves(objective)
+    yield from _ranges(objective)
+    yield from _names(objective)
+    yield from _divergences(objective, plugins=plugins)
+    yield from _signal(objective)
+    yield from _translation(objective)
+    yield from _selection(objective)
+    yield from _layers(objective, student=student)
+
+
+def _scheduled(objective: ObjectiveConfig) -> Iterator[tuple[str, float | CurveConfig]]:
+    """(key, value) of everything that may be a curve."""
+    yield "objective.alpha", objective.alpha
+    yield "objective.temperature", objective.temperature
+    for index, term in enumerate(objective.divergences):
+        yield f"objective.divergences.{index}.weight", term.weight
+    for key, aligned in _aligned(objective):
+        yield f"{key}.weight", aligned.weight
+
+
+def _aligned(objective: ObjectiveConfig) -> Iterator[tuple[str, FeatureConfig | AttentionConfig]]:
+    for index, feature in enumerate(objective.features):
+        yield f"objective.features.{index}", feature
+    for index, attention in enumerate(objective.attention):
+        yield f"objective.attention.{index}", attention
+
+
+def _curves(objective: ObjectiveConfig) -> Iterator[str]:
+    for key, value in _scheduled(objective):
+        if not isinstance(value, CurveConfig):
+            continue
+        parts = value.warmup_frac + value.cooldown_frac
+        if parts > 1:
+            yield (
+                f"{key}.warmup_frac = {value.warmup_frac}: with {key}.cooldown_frac = {value.cooldown_frac} it is "
+                f"{parts:g} of the run; together they must be at most 1"
+            )
+        if value.shape == "constant" and value.end not in (None, value.start):
+            yield f"{key}.end = {value.end}: the shape constant stays at start; leave it out or change {key}.shape"
+        if value.shape == "exponential":
+            for name, corner in (("start", value.start), ("end", value.last)):
+                if corner <= 0 and (name == "start" or value.end is not None):
+                    yield f"{key}.{name} = {corner}: must be greater than 0 for the shape exponential"
+
+
+def _ranges(objective: ObjectiveConfig) -> Iterator[str]:
+    for key, value in _scheduled(objective):
+        low, high = extremes(value)
+        if key == "objective.alpha":
+            wrong, rule = low < 0 or high > 1, "must be at least 0 and at most 1"
+        elif key == "objective.temperature":
+            wrong, rule = low <= 0, "must be greater than 0"
+        else:
+            wrong, rule = low < 0, "must be at least 0"
+        if wrong and isinstance(value, CurveConfig):
+            yield f"{key}: runs from {low} to {high} over its curve; every value {rule}"
+        elif wrong:
+            yield f"{key} = {value}: {rule}"
+
+
+def term_name(term: DivergenceConfig) -> str:
+    """What a term is called in logs: a plugin's own name, else the divergence's."""
+    return term.term if isinstance(term, PluginConfig) else term.name
+
+
+def _names(objective: ObjectiveConfig) -> Iterator[str]:
+    names = Counter(term_name(term) for term in objective.divergences)
+    for name, count in names.items():
+        if count > 1:
+            yield f"objective.divergences: {name} appears {count} times; give it once, with the sum of the weights"
+    taken: dict[str, str] = {}
+    for key, aligned in _aligned(objective):
+        if aligned.name in names:
+            yield f"{key}.name = {aligned.name!r}: a term of objective.divergences is called so; choose another name"
+        if aligned.name in taken:
+            yield f"{key}.name = {aligned.name!r}: {taken[aligned.name]} is called so; names must differ"
+        taken.setdefault(aligned.name, key)
+
+
+def _active(objective: ObjectiveConfig) -> Iterator[tuple[str, DivergenceConfig]]:
+    """(key, term) of the divergences that have a positive weight at some step: the others are never evaluated."""
+    for index, term in enumerate(objective.divergences):
+        if extremes(term.weight)[1] > 0:
+            yield f"objective.divergences.{index}", term
+
+
+def _divergences(objective: ObjectiveConfig, *, plugins: tuple[str, ...]) -> Iterator[str]:
+    alpha = extremes(objective.alpha)[1]
+    if alpha > 0 and not any(_active(objective)):
+        what = "needs" if not isinstance(objective.alpha, CurveConfig) else "at its largest needs"
+        yield (
+            f"objective.divergences: objective.alpha = {alpha} {what} one with a positive weight; "
+            "objective.alpha=0 trains on cross-entropy alone"
+        )
+    for index, term in enumerate(objective.divergences):
+        key = f"objective.divergences.{index}"
+        if isinstance(term, PluginConfig) and not plugins:
+            yield f"{key}.term = {term.term!r}: no module is named that could have it; list one in plugins"
+        if isinstance(term, BidirectionalKLConfig) and term.forward_weight == term.reverse_weight == 0:
+            yield f"{key}.forward_weight = 0: it or {key}.reverse_weight must be greater than 0"
+
+
+def _signal(objective: ObjectiveConfig) -> Iterator[str]:
+    kind = objective.signal.kind
+    for key, term in _active(objective):
+        if kind == "sampled" and term.name != "forward_kl":
+            yield (
+                f"{key}.name = {term.name!r}: cannot use objective.signal.kind = 'sampled', which is unbiased for "
+                "forward_kl alone; choose forward_kl, or the kind full or top_k"
+            )
+        elif kind == "top_k" and term.name in _WHOLE_DISTRIBUTION:
+            yield (
+                f"{key}.name = {term.name!r}: needs the teacher's whole distribution; objective.signal.kind = 'top_k' "
+                "must be full"
+            )
+
+
+def _translation(objective: ObjectiveConfig) -> Iterator[str]:
+    translation = objective.translation
+    method = translation.method if translation else None
+    where = f"objective.translation.method = {method!r}"
+    for key, term in _active(objective):
+        if term.name == "span_likelihood" and method != "spans":
+            yield f"{key}.name = 'span_likelihood': needs objective.translation.method = 'spans'"
+        elif method == "spans" and term.name in _WHOLE_DISTRIBUTION:
+            yield f"{key}.name = {term.name!r}: needs the teacher's whole distribution, which {where} does not give"
+        elif method == "sorted" and term.name != "sorted_distance":
+            yield (
+                f"{key}.name = {term.name!r}: compares ids, which {where} does not translate; only sorted_distance may "
+                "have a positive weight, or choose the method spans"
+            )
+    if method == "spans" and objective.signal.kind != "full":
+        yield f"objective.signal.kind = {objective.signal.kind!r}: {where} chooses its own ids; it must be full"
+    if translation is None:
+        return
+    for index, feature in enumerate(objective.features):
+        if feature.loss == "cka":
+            yield f"objective.features.{index}.loss = 'cka': is not defined with objective.translation; choose another"
+    for index, attention in enumerate(objective.attention):
+        if attention.loss == "relation":
+            yield (
+                f"objective.attention.{index}.loss = 'relation': is not defined with objective.translation; choose "
+                "cosine, kl or mse"
+            )
+
+
+def _selection(objective: ObjectiveConfig) -> Iterator[str]:
+    selection, translation = objective.selection, objective.translation
+    if selection is None:
+        return
+    if (selection.threshold is None) == (selection.share is None):
+        how = "both are set" if selection.share is not None else "neither is set"
+        yield f"objective.selection.threshold: {how}; set exactly one of it and objective.selection.share"
+    if selection.by == "student_entropy":
+        return
+    if objective.signal.kind == "sampled":
+        yield (
+            f"objective.selection.by = {selection.by!r}: draws (objective.signal.kind = 'sampled') do not tell it; "
+            "choose student_entropy"
+        )
+    if selection.by == "gap" and translation is not None and translation.method == "sorted":
+        yield "objective.selection.by = 'gap': objective.translation.method = 'sorted' does not translate ids"
+
+
+def _layers(objective: ObjectiveConfig, *, student: StudentConfig) -> Iterator[str]:
+    for key, aligned in _aligned(objective):
+        if not isinstance(aligned.layers, ClosestLayersConfig):
+            continue
+        what = f"{key}.layers.map = 'closest_non_pruned': needs to know which layers the student kept"
+        if student.teacher_layers is None:
+            yield f"{what}; set student.teacher_layers or choose another map"
+        for name, value in (("model", student.model), ("config", student.config)):
+            if value is not None and student.teacher_layers is not None:
+                yield f"{what}; student.{name} = {value!r} replaces student.teacher_layers: set only one of them"
