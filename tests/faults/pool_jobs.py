@@ -146,8 +146,8 @@ def _nan_loss(when: Callable[[], bool]) -> Callable[..., Any]:
 
 
 def _nan_output(when: Callable[[], bool]) -> Callable[..., Any]:
-    def hook(module: Any, inputs: Any, output: torch.Tensor) -> Any:
-        return output * float("nan") if when() else None
+    def hook(module: Any, inputs: Any, output: dict[str, torch.Tensor]) -> Any:
+        return {name: tensor * float("nan") for name, tensor in output.items()} if when() else None
 
     return hook
 
