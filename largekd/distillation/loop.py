@@ -30,7 +30,7 @@ _AGREE_EVERY = 4
 
 
 @dataclass(frozen=True)
-class Trainer:
+class Session:
     """The parts of a run and the instruments around them."""
 
     parts: Parts
@@ -42,24 +42,24 @@ class Trainer:
 
 
 def run_steps(
-    trainer: Trainer, *, steps: Iterator[Sequence[Batch]], journal: Journal, save: Callable[[], None]
+    session: Session, *, steps: Iterator[Sequence[Batch]], journal: Journal, save: Callable[[], None]
 ) -> bool:
     """Train until the steps run out (True), or until the ranks agree to stop (False, after saving).
 
     Errors: NumericsError after train.max_skipped_steps non-finite steps in a row; nothing is saved then.
     """
-    parts, config, selection = trainer.parts, trainer.parts.config, trainer.parts.selection
-    window = Window(meters=trainer.meters, objective=parts.objective)
+    parts, config, selection = session.parts, session.parts.config, session.parts.selection
+    window = Window(meters=session.meters, objective=parts.objective)
     parts.engine.train()
     while True:
         started = time.perf_counter()
-        trainer.watchdog.beat("data")
-        with trainer.timers.section("data", host=True):
+        session.watchdog.beat("data")
+        with session.timers.section("data", host=True):
             micro_batches = next(steps, None)
         if micro_batches is None:
             return True
         before = journal.progress
-        trainer.watchdog.beat(f"step {before.step + 1}")
+        session.watchdog.beat(f"step {before.step + 1}")
         batches = [batch.to(device=parts.device) for batch in micro_batches]
         setting = StepSetting.at(
             objective=parts.objective,
@@ -74,10 +74,10 @@ def run_steps(
             factors=setting.factors,
             world_size=parts.ranks.world_size,
             device=parts.device,
-            stop=trainer.stop.requested,
+            stop=session.stop.requested,
             kept_share=1.0 if selection is None else selection.expected_share,
         )
-        is_health_step = trainer.monitor.is_health_step(before.step + 1)
+        is_health_step = session.monitor.is_health_step(before.step + 1)
         result = train_step(
             batches,
             scales=scales,
@@ -85,7 +85,7 @@ def run_steps(
             engine=parts.engine,
             teacher=parts.teacher,
             lr=learning_rate(step=before.step, max_steps=before.max_steps, config=config.optim),
-            timers=trainer.timers,
+            timers=session.timers,
             measure=setting.request.distribution is not None and is_health_step,
             limit=None if selection is None else selection.limit,
             term_gradients=config.log.term_gradients and is_health_step,
@@ -97,8 +97,8 @@ def run_steps(
         seconds = time.perf_counter() - started
         journal.progress = _advance(before, applied=result.outcome.applied, tokens=tokens, seconds=seconds)
         window.add(result=result, scales=scales, setting=setting, tokens=tokens, seconds=seconds)
-        _check_numerics(trainer, batches=batches, result=result, progress=journal.progress)
-        _report(trainer, window=window, progress=journal.progress, result=result, setting=setting)
+        _check_numerics(session, batches=batches, result=result, progress=journal.progress)
+        _report(session, window=window, progress=journal.progress, result=result, setting=setting)
         last = journal.progress.step >= journal.progress.max_steps
         every = config.checkpoint.every_steps
         if not last and (stopping or (every and journal.progress.step % every == 0)):
@@ -107,17 +107,17 @@ def run_steps(
             return False
 
 
-def evaluate_now(trainer: Trainer) -> dict[str, float] | None:
+def evaluate_now(session: Session) -> dict[str, float] | None:
     """The held-out figures of this moment; None when the ranks agreed to stop meanwhile. A collective call."""
-    parts = trainer.parts
+    parts = session.parts
     assert parts.evaluation_batches is not None
     stopped = False
 
     def until_stopped(batches: Iterator[Batch]) -> Iterator[Batch]:
         nonlocal stopped
         for index, batch in enumerate(batches):
-            trainer.watchdog.beat("evaluation")
-            if index % _AGREE_EVERY == 0 and not all_agree(not trainer.stop.requested):
+            session.watchdog.beat("evaluation")
+            if index % _AGREE_EVERY == 0 and not all_agree(not session.stop.requested):
                 stopped = True
                 return
             yield batch
@@ -144,8 +144,8 @@ def _advance(progress: Progress, *, applied: bool, tokens: int, seconds: float) 
     )
 
 
-def _check_numerics(trainer: Trainer, *, batches: Sequence[Batch], result: StepResult, progress: Progress) -> None:
-    parts = trainer.parts
+def _check_numerics(session: Session, *, batches: Sequence[Batch], result: StepResult, progress: Progress) -> None:
+    parts = session.parts
     if result.outcome.applied:
         parts.watch.forget()
         return
@@ -162,17 +162,17 @@ def _check_numerics(trainer: Trainer, *, batches: Sequence[Batch], result: StepR
         )
 
 
-def _report(trainer: Trainer, *, window: Window, progress: Progress, result: StepResult, setting: StepSetting) -> None:
+def _report(session: Session, *, window: Window, progress: Progress, result: StepResult, setting: StepSetting) -> None:
     """Evaluate and write the step's record, where they are due; all ranks take part in both."""
-    step, config, parts = progress.step, trainer.parts.config, trainer.parts
+    step, config, parts = progress.step, session.parts.config, session.parts
     every = config.eval.every_steps
     if parts.evaluation_batches is not None and every and step % every == 0 and step < progress.max_steps:
-        figures = evaluate_now(trainer)
+        figures = evaluate_now(session)
         if figures is not None:
-            trainer.monitor.log_evaluation(step=step, values={f"eval/{key}": value for key, value in figures.items()})
-    if not trainer.monitor.is_log_step(step):
+            session.monitor.log_evaluation(step=step, values={f"eval/{key}": value for key, value in figures.items()})
+    if not session.monitor.is_log_step(step):
         return
-    values = window.flush(timers=trainer.timers)
+    values = window.flush(timers=session.timers)
     values |= {
         "tokens": float(progress.tokens),
         "optim/grad_norm": result.outcome.grad_norm,
@@ -184,4 +184,4 @@ def _report(trainer: Trainer, *, window: Window, progress: Progress, result: Ste
         values[f"schedule/factor/{summand.name}"] = factor
     values |= {f"optim/lr/{name}": rate for name, rate in parts.engine.learning_rates().items()}
     values |= memory_figures(accelerator_peak_bytes=None if on_cpu() else peak_memory_bytes)
-    trainer.monitor.log(step=step, values=values)
+    session.monitor.log(step=step, values=values)

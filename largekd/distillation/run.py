@@ -15,7 +15,7 @@ from largekd.config.run import RunConfig
 from largekd.distillation.builder import Parts, build
 from largekd.distillation.folder import CHECKPOINT_FOLDER, mark_done, open_folder
 from largekd.distillation.journal import Journal
-from largekd.distillation.loop import Trainer, evaluate_now, run_steps
+from largekd.distillation.loop import Session, evaluate_now, run_steps
 from largekd.distillation.output import export_student, write_summary
 from largekd.errors import CheckpointError, LargeKDError
 from largekd.monitoring.meters import Meters
@@ -104,7 +104,7 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
             if ranks.is_main:
                 logger.info("resumed at step %d from %s", journal.progress.step, checkpoint)
         journal.progress = replace(journal.progress, max_steps=parts.loader.total_steps())
-        trainer = Trainer(
+        session = Session(
             parts=parts,
             monitor=stack.enter_context(_monitor(config, folder=folder, journal=journal, ranks=ranks)),
             timers=Timers(events=event_factory(device=parts.device)),
@@ -120,15 +120,15 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
             elif ranks.is_main:
                 logger.warning("no checkpoint: DeepSpeed could not restore this run's optimizer from NVMe")
 
-        if not _assess(trainer, journal=journal, name="before"):
-            _stopped(trainer, journal=journal)
+        if not _assess(session, journal=journal, name="before"):
+            _stopped(session, journal=journal)
             return None
-        if not run_steps(trainer, steps=iter(parts.loader), journal=journal, save=save):
-            _stopped(trainer, journal=journal)
+        if not run_steps(session, steps=iter(parts.loader), journal=journal, save=save):
+            _stopped(session, journal=journal)
             return None
         save()
-        if not _assess(trainer, journal=journal, name="after"):
-            _stopped(trainer, journal=journal)
+        if not _assess(session, journal=journal, name="after"):
+            _stopped(session, journal=journal)
             return None
         watchdog.beat("export", allowed_s=_SLOW * timeout_s)
         export_dir = export_student(parts, folder=folder)
@@ -169,9 +169,9 @@ def _monitor(config: RunConfig, *, folder: Path, journal: Journal, ranks: Ranks)
     )
 
 
-def _stopped(trainer: Trainer, *, journal: Journal) -> None:
+def _stopped(session: Session, *, journal: Journal) -> None:
     """Say how far the run came, and how to go on."""
-    parts, step = trainer.parts, journal.progress.step
+    parts, step = session.parts, journal.progress.step
     if not parts.ranks.is_main:
         return
     if not parts.resumable:
@@ -191,17 +191,17 @@ def _reporting_failure(watchdog: Watchdog) -> Iterator[None]:
         raise
 
 
-def _assess(trainer: Trainer, *, journal: Journal, name: str) -> bool:
+def _assess(session: Session, *, journal: Journal, name: str) -> bool:
     """Evaluate and note the figures, `before` only once, whatever the number of starts; False: stopped meanwhile."""
-    parts = trainer.parts
+    parts = session.parts
     done = name == "before" and (name in journal.evaluations or not parts.config.eval.before)
     if parts.evaluation_batches is None or done:
         return True
-    figures = evaluate_now(trainer)
+    figures = evaluate_now(session)
     if figures is None:
         return False
     journal.evaluations[name] = figures
-    trainer.monitor.log_evaluation(
+    session.monitor.log_evaluation(
         step=journal.progress.step, values={f"eval/{key}": value for key, value in figures.items()}
     )
     return True

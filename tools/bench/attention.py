@@ -61,10 +61,10 @@ def make_layers(cell: Cell, /, *, seed: int, wanted: bool) -> Layers:
     generator = torch.Generator().manual_seed(seed)
 
     def normal(heads: int) -> Tensor:
-        values = torch.randn(1, heads, cell.tokens, cell.shape.width, generator=generator)
+        values = torch.randn(1, heads, cell.tokens, cell.shape.head_width, generator=generator)
         return values.to(torch.bfloat16).requires_grad_(wanted)
 
-    shape, scale = cell.shape, cell.shape.width**-0.5
+    shape, scale = cell.shape, cell.shape.head_width**-0.5
     return {
         layer: AttentionInputs(normal(shape.heads), normal(shape.key_heads), normal(shape.key_heads), scale=scale)
         for layer in range(cell.layers)
