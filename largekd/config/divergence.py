@@ -95,7 +95,8 @@ class SortedDistanceConfig(_Weighted):
 
 
 class SpanLikelihoodConfig(_Weighted):
-    """Binary KL of the probability that each model gives to a span of text that the student has in several tokens."""
+    """Binary KL of the probability that each model gives to a span of text that the student has in several tokens; at
+    temperature 1, so that its factor is alpha * weight."""
 
     name: Literal["span_likelihood"]
 
@@ -162,7 +163,9 @@ class SelectionConfig(Frozen):
         description="A token's score: an entropy, or KL(teacher || student), at temperature 1."
     )
     keep: Literal["above", "below"] = Field("above", description="Keep scores above or below the limit.")
-    threshold: float | None = Field(None, ge=0, description="The limit in nats.")
+    threshold: float | None = Field(
+        None, ge=0, description="The limit in nats; the sum over kept tokens is divided by all tokens with a signal."
+    )
     share: float | None = Field(
         None, gt=0, lt=1, description="Share of tokens to keep; the limit is the quantile of the step before."
     )

@@ -9,8 +9,11 @@ from largekd.config.model import StudentConfig
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.schedule import CurveConfig, extremes
 
-# They compare ranks or logits of all ids, so that kept ids alone do not define them.
-_WHOLE_DISTRIBUTION = ("sorted_distance", "logit_mse", "ranking_hinge")
+# They read ranks or logits of all ids, so that kept ids alone do not define them.
+_WHOLE_DISTRIBUTION = ("sorted_distance", "logit_mse", "ranking_hinge", "plugin")
+
+# Names that the loss and its records use themselves.
+_RESERVED = ("cross_entropy", "kept_frac")
 
 
 def check_objective(objective: ObjectiveConfig, *, student: StudentConfig, plugins: tuple[str, ...]) -> Iterator[str]:
@@ -18,6 +21,7 @@ def check_objective(objective: ObjectiveConfig, *, student: StudentConfig, plugi
     yield from _curves(objective)
     yield from _ranges(objective)
     yield from _names(objective)
+    yield from _unread(objective)
     yield from _divergences(objective, plugins=plugins)
     yield from _signal(objective)
     yield from _translation(objective)
@@ -86,12 +90,33 @@ def _names(objective: ObjectiveConfig) -> Iterator[str]:
         if count > 1:
             yield f"objective.divergences: {name} appears {count} times; give it once, with the sum of the weights"
     taken: dict[str, str] = {}
+    for index, term in enumerate(objective.divergences):
+        if term_name(term) in _RESERVED:
+            yield f"objective.divergences.{index}.term = {term_name(term)!r}: the name is taken; choose another"
     for key, aligned in _aligned(objective):
+        if aligned.name in _RESERVED:
+            yield f"{key}.name = {aligned.name!r}: the name is taken; choose another"
         if aligned.name in names:
             yield f"{key}.name = {aligned.name!r}: a term of objective.divergences is called so; choose another name"
-        if aligned.name in taken:
-            yield f"{key}.name = {aligned.name!r}: {taken[aligned.name]} is called so; names must differ"
-        taken.setdefault(aligned.name, key)
+        # Parameters are named after the term, where a dot would be a place in a tree.
+        same = aligned.name.replace(".", "_")
+        if same in taken:
+            yield f"{key}.name = {aligned.name!r}: {taken[same]} is called so; names must differ"
+        taken.setdefault(same, key)
+
+
+def _unread(objective: ObjectiveConfig) -> Iterator[str]:
+    """Keys with another value than their default that the chosen loss does not look at."""
+    for index, feature in enumerate(objective.features):
+        if feature.predictor_hidden is not None and feature.loss != "predictive":
+            yield f"objective.features.{index}.predictor_hidden: only the loss 'predictive' has a predictor; remove it"
+    for index, attention in enumerate(objective.attention):
+        key = f"objective.attention.{index}"
+        for name in ("match_heads",) if attention.loss == "relation" else ("relations", "relation_heads"):
+            if getattr(attention, name) != AttentionConfig.model_fields[name].default:
+                yield f"{key}.{name}: the loss {attention.loss!r} does not read it; remove it"
+        if len(set(attention.relations)) < len(attention.relations):
+            yield f"{key}.relations = {list(attention.relations)}: names one twice"
 
 
 def _active(objective: ObjectiveConfig) -> Iterator[tuple[str, DivergenceConfig]]:

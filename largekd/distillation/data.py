@@ -60,7 +60,7 @@ def build_data(config: RunConfig, *, sources: Sources, ranks: Ranks, folder: Pat
     for key, loaded in (("data.train", training), ("data.eval", held_out)):
         require_same(loaded.samples.fingerprint if loaded else "", what="data set", key=key)
     if sources.student_of_teacher is not None:
-        _check_translation(config, sources=sources, training=training, is_main=ranks.is_main)
+        _check_translation(sources, training=training, held_out=held_out, is_main=ranks.is_main)
     loader = RowLoader(
         training.samples,
         settings=RowSettings(
@@ -106,17 +106,20 @@ def build_data(config: RunConfig, *, sources: Sources, ranks: Ranks, folder: Pat
     return RunData(loader, held_out_batches, first_rows)
 
 
-def _check_translation(config: RunConfig, *, sources: Sources, training: LoadedSamples, is_main: bool) -> None:
+def _check_translation(
+    sources: Sources, *, training: LoadedSamples, held_out: LoadedSamples | None, is_main: bool
+) -> None:
     """Say how much of the text both tokenizers share. Errors: DataError for a sample that the teacher cannot hold."""
     samples, mapping = training.samples, sources.student_of_teacher
     assert mapping is not None
-    longest = int(samples.teacher_lengths.max())
     limit = getattr(sources.teacher.config, "max_position_embeddings", None)
-    if limit is not None and longest > limit:
-        raise DataError(
-            f"data.train: a sample has {longest} tokens for the teacher, which has {limit} positions "
-            "(max_position_embeddings); lower train.sequence_length or choose another teacher.model."
-        )
+    for key, loaded in (("data.train", training), ("data.eval", held_out)):
+        longest = int(loaded.samples.teacher_lengths.max()) if loaded is not None else 0
+        if limit is not None and longest > limit:
+            raise DataError(
+                f"{key}: a sample has {longest} tokens for the teacher, which has {limit} positions "
+                "(max_position_embeddings); lower train.sequence_length or choose another teacher.model."
+            )
     if is_main:
         logger.info("%s", describe_mapping(mapping.numpy(), student_vocab_size=sources.student_config.vocab_size))
         logger.info("data.train: %s", alignment_report(samples, tokenizer=sources.tokenizer))

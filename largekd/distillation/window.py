@@ -26,7 +26,7 @@ class Window:
         self._steps, self._tokens, self._seconds, self._applied = 0, 0, 0.0, 0
         self._counts: Tensor | None = None
         self._signal_tokens: Tensor | None = None
-        self._kinds: set[str] = set()
+        self._kinds: dict[str, int] = {}
 
     def add(self, *, result: StepResult, scales: StepScales, setting: StepSetting, tokens: int, seconds: float) -> None:
         """Add a step: this rank's sums, and the counts over all ranks that they will be divided by.
@@ -45,7 +45,7 @@ class Window:
             if kind in result.extras:
                 found = result.extras[kind] / (scales.world_size**2 if kind == "squares" else 1)
                 self._meters.add_sums([f"{kind}/{label}" for label in labels], sums_M=found)
-                self._kinds.add(kind)
+                self._kinds[kind] = self._kinds.get(kind, 0) + 1
         self._counts = scales.counts if self._counts is None else self._counts + scales.counts
         before, now = self._signal_tokens, scales.signal_tokens
         self._signal_tokens = now if before is None else before + now
@@ -77,7 +77,9 @@ class Window:
         if "kept" in self._kinds and self._signal_tokens is not None:
             values["kd/kept_frac"] = sums["kept/tokens"] / (float(self._signal_tokens) or math.nan)
         if "squares" in self._kinds:
-            # Ranks and micro-batches hold different activations, whose squares add up.
+            # Ranks and micro-batches hold different activations, whose squares add up; over steps they are averaged.
             for summand in self._objective.summands:
-                values[f"grad_norm/{summand.name}"] = math.sqrt(sums[f"squares/{summand.name}"])
+                values[f"grad_norm/{summand.name}"] = math.sqrt(
+                    sums[f"squares/{summand.name}"] / self._kinds["squares"]
+                )
         return values

@@ -4,7 +4,7 @@ Shape letters: R rows of the block, V student ids, W teacher ids, K kept entries
 A block is small enough to live in a processor's cache; everything here is in float32 (or float64).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -182,7 +182,10 @@ def evaluate_rows(block: RowBlock, /, *, plan: RowPlan) -> RowResult:
         gradient_RV = plan.student.projection_gradient(gradient_RV=gradient_RV, logits_RV=logits_RV)
     health_RH = None
     if plan.measure and full_logq_RV is not None:
-        health_RH = _health(block, plan=plan, full_logq_RV=full_logq_RV, reading=at_one)
+        measured = at_one
+        if plan.sparse in ("renormalise", "drop"):  # no divergences between what the models say
+            measured = sides.reading(plan=replace(plan, sparse="tail"), temperature=None, reuse_RV=None)
+        health_RH = _health(block, plan=plan, full_logq_RV=full_logq_RV, reading=measured)
     return RowResult(values_RN, health_RH, gradient_RV, score_R, keep_R)
 
 
@@ -383,8 +386,8 @@ def _compared(block: RowBlock, /, *, plan: RowPlan, full_logq_RV: Tensor, readin
         assert block.sparse.tail_R is not None
         taught_R = -torch.where(found_RK, kept_RK, float("-inf")).amax(-1)
         taught_R = torch.where(found_RK.any(-1), taught_R, -block.sparse.tail_R)
-    if plan.own_ids:  # ids mean different tokens, so that nothing is compared id by id
-        kl_R, agree_R, taught_R = (torch.zeros_like(teacher_R) for _ in range(3))
+    if plan.own_ids:  # ids mean different tokens: what compares them id by id has no value
+        kl_R, agree_R, taught_R = (torch.full_like(teacher_R, float("nan")) for _ in range(3))
     else:
         kl_R, _ = forward_kl(pair)
     compared = [torch.ones_like(teacher_R), teacher_R, taught_R, kl_R, agree_R]

@@ -5,6 +5,7 @@ before a token is looked at, so that the choice does not depend on chunks, micro
 keeps every token.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from torch import Tensor
 from largekd.config.divergence import SelectionConfig
 
 SCORE_BINS = 4096
+LEAST_SCORE, LARGEST_SCORE = 1e-10, 1e3
 
 ScoreName = Literal["teacher_entropy", "student_entropy", "gap"]
 
@@ -32,15 +34,19 @@ class SelectionRule:
 
 
 def bounded(score: Tensor) -> Tensor:
-    """s/(1 + s): a score in nats, from 0 to infinity, to [0, 1)."""
-    score = score.clamp_min(0.0)
-    return score / (1.0 + score)
+    """The logarithm of a score in nats, from LEAST_SCORE to LARGEST_SCORE, on [0, 1].
+
+    A teacher is certain of most tokens: only a logarithmic scale tells entropies of 1e-3 from those of 1e-6.
+    """
+    low, high = math.log(LEAST_SCORE), math.log(LARGEST_SCORE)
+    return (score.clamp(LEAST_SCORE, LARGEST_SCORE).log() - low) / (high - low)
 
 
 def histogram(score_T: Tensor, *, weight_T: Tensor) -> Tensor:
-    """(SCORE_BINS,) token weights by bounded score."""
+    """(SCORE_BINS,) token weights by bounded score, in float64."""
     bins_T = (score_T * SCORE_BINS).long().clamp_(0, SCORE_BINS - 1)
-    return weight_T.new_zeros(SCORE_BINS).index_add_(0, bins_T, weight_T)
+    counts = torch.zeros(SCORE_BINS, dtype=torch.float64, device=weight_T.device)
+    return counts.index_add_(0, bins_T, weight_T.double())
 
 
 def quantile(histogram_N: Tensor, *, share_below: float) -> Tensor:

@@ -55,12 +55,12 @@ class VocabularyTerm:
 class Summand:
     """One summand of the loss: its factor over the run, and what its sum is divided by (a name of COUNT_NAMES).
 
-    `share` says what multiplies `weight`: 1 − α for the task, α·T² for distillation, 1 for alignment. `selective`: a
-    selection of tokens applies.
+    `share` says what multiplies `weight`: 1 − α for the task, α·T² for distillation, α for likelihoods (which know no
+    temperature), 1 for alignment. `selective`: a selection of tokens applies.
     """
 
     name: str
-    share: Literal["task", "distillation", "alignment"]
+    share: Literal["task", "distillation", "likelihood", "alignment"]
     weight: float | CurveConfig
     count: str
     selective: bool = False
@@ -93,7 +93,7 @@ class Objective:
         """What each summand's mean is multiplied by at a step."""
         alpha = self.alpha(step=step, max_steps=max_steps)
         squared = self.temperature(step=step, max_steps=max_steps) ** 2
-        shares = {"task": 1.0 - alpha, "distillation": alpha * squared, "alignment": 1.0}
+        shares = {"task": 1.0 - alpha, "distillation": alpha * squared, "likelihood": alpha, "alignment": 1.0}
         return tuple(
             shares[summand.share] * value_at(summand.weight, step=step, max_steps=max_steps)
             for summand in self.summands
@@ -139,9 +139,10 @@ def build_objective(config: ObjectiveConfig, *, plugins: Mapping[str, PluginFunc
             continue
         name = entry.term if isinstance(entry, PluginConfig) else entry.name
         vocabulary.append(VocabularyTerm(name, divergence_of(entry, plugins=plugins or {})))
-        spans = isinstance(entry, SpanLikelihoodConfig)
-        count = "spans" if spans else "signal_tokens"
-        summands.append(Summand(name, "distillation", entry.weight, count, selective=not spans))
+        if isinstance(entry, SpanLikelihoodConfig):
+            summands.append(Summand(name, "likelihood", entry.weight, "spans"))
+        else:
+            summands.append(Summand(name, "distillation", entry.weight, "signal_tokens", selective=True))
     features = tuple(entry for entry in config.features if extremes(entry.weight)[1] > 0.0)
     attention = tuple(entry for entry in config.attention if extremes(entry.weight)[1] > 0.0)
     for feature in features:

@@ -196,10 +196,10 @@ def _with_spans(sweep: Sweep, /, *, student: StudentSide, factors: Tensor, gradi
         chunk_tokens=sweep.chunk_tokens,
     )
     total, hard_T = span_terms(logq_U, translation=translation, scored_logp_L=signal.scored_logp_L, weight_T=weight_T)
-    factor = factors[places].sum()
-    result = replace(sweep, hard_T=hard_T * factor).run(student, factors=factors, gradients=gradients)
+    (place,) = places
+    result = replace(sweep, hard_T=hard_T * factors[place]).run(student, factors=factors, gradients=gradients)
     sums = result.sums.clone()
-    sums[places] = total.to(sums.dtype)
+    sums[place] = total.to(sums.dtype)
     return replace(result, sums=sums)
 
 

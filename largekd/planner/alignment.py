@@ -38,6 +38,8 @@ _MOMENT_BYTES = 8
 _GRADIENT_BYTES = 4
 _ID_BYTES = 8
 _FLOAT_BYTES = 4
+# Tokens whose logits exist at one time while ids are read off a teacher.
+_READOUT_TOKENS = 256
 # Maps of a block of queries that exist together: scores, maps and their gradients of the student, maps of the teacher.
 _LIVE_MAPS = 6
 
@@ -261,3 +263,6 @@ def _signal(objective: ObjectiveConfig, *, teacher: Side, tokens: int) -> Iterat
         case SampledSignalConfig(draws=draws):
             per_token = draws * (_ID_BYTES + 2 * _FLOAT_BYTES)
     yield teacher.term("signal of a few ids", "accelerator", "student", tokens * per_token)
+    if per_token:
+        logits = min(tokens, _READOUT_TOKENS) * teacher.shape.vocab_size * _FLOAT_BYTES
+        yield teacher.term("logits that they are read off", "accelerator", "student", 4 * logits)

@@ -40,9 +40,15 @@ class Readout:
         for _, logp_CW in self._chunks(rows_T):
             logp_CW = torch.log_softmax(logp_CW / request.temperature, dim=-1)
             proposal_CW = torch.log_softmax(logp_CW * request.proposal_power, dim=-1)
-            ids_CK = torch.multinomial(proposal_CW.exp(), request.draws, replacement=True, generator=generator)
+            # A rank that raised here would leave the others waiting; a weight that is not finite skips the step on all.
+            p_CW = proposal_CW.exp()
+            broken_C = p_CW.isnan().any(-1, keepdim=True)
+            ids_CK = torch.multinomial(
+                torch.where(broken_C, 1.0, p_CW), request.draws, replacement=True, generator=generator
+            )
             logp_CK = logp_CW.gather(-1, ids_CK)
             weight_CK = (logp_CK - proposal_CW.gather(-1, ids_CK)).exp() / request.draws
+            weight_CK = weight_CK.masked_fill(broken_C, float("nan"))
             parts.append((ids_CK, weight_CK, logp_CK))
         ids_TK, weight_TK, logp_TK = (torch.cat(column) for column in zip(*parts, strict=True))
         return SampledSignal(ids_TK, weight_TK, logp_TK, vocab_size=self.vocab_size)
@@ -63,13 +69,14 @@ class Readout:
             logits_CW *= head.scale
             if head.softcap is not None:
                 logits_CW = head.softcap * torch.tanh(logits_CW / head.softcap)
-            yield span, torch.log_softmax(logits_CW, dim=-1)
+            logits_CW = torch.log_softmax(logits_CW, dim=-1)  # one name: the logits must not outlive the yield
+            yield span, logits_CW
 
 
 def _top_k(logp_CW: Tensor, *, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logp_CK, ids_CK = logp_CW.topk(k, dim=-1)
     # Summing the others themselves keeps small tails exact, which 1 − Σ p would not.
-    rest_CW = logp_CW.scatter(-1, ids_CK, float("-inf"))
+    rest_CW = logp_CW.scatter_(-1, ids_CK, float("-inf"))
     tail_C = torch.logsumexp(rest_CW, dim=-1)
     tempered_C = tail_C if temperature == 1.0 else torch.logsumexp(rest_CW / temperature, dim=-1)
     return ids_CK, logp_CK, tail_C, tempered_C

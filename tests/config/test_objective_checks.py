@@ -164,6 +164,22 @@ def weighted(**curve: Any) -> Tree:
             "objective.attention.0.name = 'x': objective.features.0 is called so",
         ),
         ({"features": [{"name": "forward_kl"}]}, "features.0.name = 'forward_kl': a term of objective.divergences is"),
+        ({"features": [{"name": "cross_entropy"}]}, "objective.features.0.name = 'cross_entropy': the name is taken"),
+        (
+            {"features": [{"name": "a.b"}, {"name": "a_b"}]},
+            "features.1.name = 'a_b': objective.features.0 is called so",
+        ),
+        # Keys that nothing reads.
+        ({"features": [{"predictor_hidden": 8}]}, "features.0.predictor_hidden: only the loss 'predictive' has"),
+        ({"attention": [{"relation_heads": 4}]}, "attention.0.relation_heads: the loss 'kl' does not read it"),
+        (
+            {"attention": [{"loss": "relation", "match_heads": "pool"}]},
+            "attention.0.match_heads: the loss 'relation' does not read it",
+        ),
+        (
+            {"attention": [{"loss": "relation", "relations": ["qq", "qq"]}]},
+            "attention.0.relations = ['qq', 'qq']: names one twice",
+        ),
         # Layers.
         (
             {"features": [{"layers": {"map": "closest_non_pruned"}}]},
@@ -210,6 +226,9 @@ def test_terms_of_plugins_are_told_apart_by_their_own_name(build: Any) -> None:
     def plugin(term: str) -> Tree:
         return {"name": "plugin", "term": term, "options": {"power": 2, "names": ["a"]}}
 
+    for objective in ({"signal": {"kind": "top_k"}}, {"translation": {}}):
+        with pytest.raises(ConfigError, match="needs the teacher's whole distribution"):
+            build({"divergences": [KL, plugin("mine")]} | objective, plugins=["terms.mine"])
     config = build({"divergences": [KL, plugin("mine"), plugin("other")]}, plugins=["terms.mine", "my/terms.py"])
     assert config.plugins == ("terms.mine", "my/terms.py")
     assert config.objective.divergences[1].options == {"power": 2, "names": ["a"]}

@@ -107,9 +107,9 @@ def test_a_term_without_anything_counted_has_no_mean_and_no_part_in_the_loss(win
 
 def test_gradient_norms_add_squares_and_undo_the_ranks_factor(window):
     # Scales are multiplied by the number of ranks, because DeepSpeed averages gradients over them.
-    add(window, sums=[1.0] * 4, counts=[1] * 4, world_size=2, squares=torch.tensor([36.0, 16.0, 4.0, 0.0]))
-    add(window, sums=[1.0] * 4, counts=[1] * 4, world_size=2, squares=torch.tensor([64.0, 0.0, 0.0, 0.0]))
-    values = flush(window)
+    add(window, sums=[1.0] * 4, counts=[1] * 4, world_size=2, squares=torch.tensor([36.0, 32.0, 8.0, 0.0]))
+    add(window, sums=[1.0] * 4, counts=[1] * 4, world_size=2, squares=torch.tensor([164.0, 0.0, 0.0, 0.0]))
+    values = flush(window)  # over steps the mean of squares, whatever the number of steps in a window
     assert [values[f"grad_norm/{name}"] for name in NAMES] == [5.0, 2.0, 1.0, 0.0]
 
 

@@ -21,7 +21,7 @@ from largekd.config.objective import ObjectiveConfig
 from largekd.errors import ConfigError
 from largekd.objectives import compiled
 from largekd.objectives.plugins import PluginTerm, TermRows, load_plugins
-from largekd.objectives.selection import SelectionRule
+from largekd.objectives.selection import SelectionRule, bounded
 from largekd.objectives.terms import VocabularyTerm, build_objective
 
 HUBER = Path(__file__).resolve().parents[2] / "recipes" / "plugins" / "huber.py"
@@ -63,7 +63,7 @@ def test_beside_other_terms_and_a_selection() -> None:
     own, theirs = list(terms_of(*names)), terms_of(*names)
     own[2] = plugin(factor=1.0)
     arguments = {"signal": case.signal, "scales": scales, "temperature": 2.0, "measure": True}
-    arguments |= {"selection": SelectionRule("gap", True), "limit": torch.tensor(0.7)}
+    arguments |= {"selection": SelectionRule("gap", True), "limit": bounded(torch.tensor(7 / 3))}
     found, expected = (run_pass(case, terms=terms, **arguments) for terms in (own, theirs))
     assert 0 < expected["kept"].item() < case.batch.token_weight_BS.flatten()[case.batch.counted_T].sum()
     for name in ("sums", "health", "kept"):

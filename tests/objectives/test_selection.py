@@ -55,10 +55,12 @@ def test_the_rule_is_strict() -> None:
 
 
 def test_bounded_keeps_the_order_in_the_unit_interval() -> None:
-    score = torch.tensor([-1e-7, 0.0, 1e-3, 1.0, 12.0, 1e4])
+    score = torch.tensor([-1e-7, 0.0, 1e-9, 1e-3, 1.0, 12.0, 1e4])
     found = bounded(score)
-    assert found[0] == 0 and found[3] == 0.5 and found[-1] < 1.0
-    assert torch.equal(found.sort().values, found)
+    assert found[0] == found[1] and found[1].abs() < 1e-6 and found[-1] == pytest.approx(1.0)
+    assert torch.equal(found[1:].unique(), found[1:])
+    # Equal ratios are equal distances: certain tokens are told apart as well as uncertain ones.
+    torch.testing.assert_close(found[3] - found[2], 2 * (found[4] - found[3]))
 
 
 def test_histogram_adds_weights() -> None:
@@ -75,7 +77,15 @@ def test_histogram_adds_weights() -> None:
 def test_quantile_equals_numpy_to_a_bin(share) -> None:
     score = bounded(torch.rand(20_000, generator=torch.Generator().manual_seed(1)).double() ** 3 * 9.0)
     found = quantile(histogram(score, weight_T=torch.ones(20_000).double()), share_below=share)
-    assert found == pytest.approx(np.quantile(score.numpy(), share), abs=1.0 / SCORE_BINS)
+    assert found == pytest.approx(np.quantile(score.numpy(), share, method="inverted_cdf"), abs=1.0 / SCORE_BINS)
+
+
+@pytest.mark.parametrize("center", [-9.0, -6.0, 1.0])
+def test_shares_hold_for_certain_and_uncertain_teachers(center) -> None:
+    generator = torch.Generator().manual_seed(2)
+    score = bounded((torch.randn(20_000, generator=generator) * 2 + center).exp())
+    limit = quantile(histogram(score, weight_T=torch.ones(20_000)), share_below=0.3)
+    assert float((score > limit).double().mean()) == pytest.approx(0.7, abs=0.005)
 
 
 def test_quantile_follows_weights_and_is_linear_inside_a_bin() -> None:

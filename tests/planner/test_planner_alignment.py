@@ -249,8 +249,9 @@ def test_the_student_keeps_rows_gradients_and_with_checkpointing_attention_input
     ],
 )
 def test_signals_of_a_few_ids_are_counted_for_a_micro_batch(models, objective, per_token):
-    (term,) = added(models, objective)
+    term, logits = added(models, objective)
     assert (term.role, term.phase, term.bytes) == ("teacher", "student", 2 * 128 * per_token)
+    assert (logits.role, logits.phase, logits.bytes % (4 * 256 * 4)) == ("teacher", "student", 0) and logits.bytes > 0
     assert added(models, objective | {"alpha": 0.0, "divergences": []}) == []
 
 

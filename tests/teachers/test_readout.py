@@ -330,3 +330,12 @@ def test_equal_tokenizers_give_the_dense_signal(temperature) -> None:
         results.append([found["sums"], *torch.autograd.grad(found["loss"], (hidden, weight))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_a_broken_teacher_gives_weights_that_are_not_finite_instead_of_an_error() -> None:
+    """An error on one rank would leave the others waiting; this way the step is skipped on all of them."""
+    readout = make_readout()
+    readout.hidden_PE[4] = float("nan")
+    signal = readout.sampled(torch.tensor([3, 4]), request=SampledRequest(draws=5))
+    assert signal.weight_TK[0].isfinite().all() and signal.weight_TK[1].isnan().all()
+    assert signal.ids_TK.min() >= 0 and signal.ids_TK.max() < readout.vocab_size
