@@ -36,15 +36,15 @@ def render_plan(made: Plan) -> str:
         _model_line("teacher", made.teacher),
         _model_line("student", made.student),
         "",
-        f"{'memory of one rank':<50}{'place':<13}{'when':<11}{'GB':>10}",
+        f"{'memory of one rank':<56}{'place':<13}{'when':<11}{'GB':>10}",
     ]
     lines += [
-        f"  {term.role + ': ' + term.name:<48}{term.place:<13}{term.phase:<11}{term.bytes / _GB:>10.3f}"
+        f"  {term.role + ': ' + term.name:<54}{term.place:<13}{term.phase:<11}{term.bytes / _GB:>10.3f}"
         for term in made.terms
     ]
     for place in PLACES:
         if made.peaks[place]:
-            lines.append(f"  {'peak':<48}{place:<13}{'':<11}{made.peaks[place] / _GB:>10.3f}")
+            lines.append(f"  {'peak':<54}{place:<13}{'':<11}{made.peaks[place] / _GB:>10.3f}")
     together = (made.peaks["accelerator"] + made.peaks["host"]) / _GB
     lines.append(f"without a GPU the accelerator is host memory: {together:.3f} GB a rank together")
     lines += [f"warning: {warning}" for warning in made.warnings]
