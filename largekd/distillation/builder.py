@@ -24,7 +24,7 @@ from largekd.engine.ds_config import frozen_ds_config, train_ds_config
 from largekd.engine.frozen import FrozenEngine
 from largekd.engine.train import TrainEngine
 from largekd.models.decoder import Decoder
-from largekd.objectives.alignment import Alignment
+from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.layer_maps import LayerPair
 from largekd.objectives.plugins import load_plugins
 from largekd.objectives.selection import TokenSelection
@@ -123,6 +123,9 @@ def build(
         student_of_W=None if sources.student_of_teacher is None else sources.student_of_teacher.to(device()),
         rank=ranks.rank,
     )
+    plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
+    teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
+    teacher.check(objective.evaluation_request)
     with Together():
         if ranks.is_main:
             write_json(folder / "deepspeed.json", value={"teacher": frozen, "student": trained})
