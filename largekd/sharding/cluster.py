@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 
@@ -43,10 +44,24 @@ def process_group(*, timeout_s: int) -> Iterator[None]:
         deepspeed.init_distributed(timeout=timedelta(seconds=timeout_s), verbose=False)
     except dist.DistNetworkError as error:
         raise _unreachable(error) from error
+    if accelerator.device_name() == "cpu":
+        forget_shared_buffer()
     yield
     # DeepSpeed keeps hold of the group, so a second run in this process needs the same one: it is left at the very end,
     # and not at all after an error, when peers may still be inside a collective.
     atexit.register(_leave)
+
+
+def forget_shared_buffer() -> None:
+    """Remove the name of this rank's all-reduce buffer in shared memory; its mappings stay until the ranks end.
+
+    DeepSpeed never removes it, so that every job on a new port would leave 66 MB per rank behind, also one that is
+    killed. A collective call: nobody may look for the name any more.
+    """
+    dist.barrier()
+    address, port, rank = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 def _leave() -> None:

@@ -10,7 +10,7 @@ from tiny_run import settings
 from whole_jobs import steps_done, until
 
 
-@pytest.mark.parametrize(("timeout_s", "limit_s"), [(6, 16), pytest.param(20, 30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("timeout_s", "limit_s"), [(8, 30), pytest.param(20, 60, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_found_and_named(tiny_assets, job_server, tmp_path, timeout_s, limit_s):
     run_dir = tmp_path / "run"
     tree = settings(
