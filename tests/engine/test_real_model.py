@@ -31,6 +31,7 @@ def test_a_rank_holds_its_share_of_the_teacher(two_ranks):
 
 
 @needs_libaio
+@pytest.mark.timeout(1200)  # five jobs of a real model
 def test_offload_changes_nothing(two_ranks, tmp_path):
     def losses(steps, **placement):
         two_ranks.close()  # what DeepSpeed keeps of an engine that was taken down would add up to the machine's memory
