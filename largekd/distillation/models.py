@@ -78,7 +78,7 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
         shared = student_config.vocab_size
         student_of_teacher = torch.from_numpy(shared_tokens(teacher_tokenizer, tokenizer, **widths))
     for key, model_config in (("teacher", teacher.config), ("student", student_config)):
-        check_positions(model_config, key=key, sequence_length=config.train.sequence_length)
+        _check_positions(model_config, key=key, sequence_length=config.train.sequence_length)
     return Sources(
         teacher=teacher,
         student=student,
@@ -131,8 +131,7 @@ def _find(name: str, *, config: Any, key: str, first: First) -> ModelFolder:
     return find_model(name, key=key, revision=config.revision, trust_remote_code=config.trust_remote_code, first=first)
 
 
-def check_positions(model_config: PretrainedConfig, *, key: str, sequence_length: int) -> None:
-    """Nothing. Errors: ConfigError for a row that is longer than the model's positions."""
+def _check_positions(model_config: PretrainedConfig, *, key: str, sequence_length: int) -> None:
     limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and sequence_length > limit:
         raise ConfigError(

@@ -45,14 +45,14 @@ def process_group(*, timeout_s: int) -> Iterator[None]:
     except dist.DistNetworkError as error:
         raise _unreachable(error) from error
     if accelerator.device_name() == "cpu":
-        forget_shared_buffer()
+        _forget_shared_buffer()
     yield
     # DeepSpeed keeps hold of the group, so a second run in this process needs the same one: it is left at the very end,
     # and not at all after an error, when peers may still be inside a collective.
     atexit.register(_leave)
 
 
-def forget_shared_buffer() -> None:
+def _forget_shared_buffer() -> None:
     """Remove the name of this rank's all-reduce buffer in shared memory; its mappings stay until the ranks end.
 
     DeepSpeed never removes it, so that every job on a new port would leave 66 MB per rank behind, also one that is
