@@ -14,6 +14,9 @@ from torch import Tensor
 
 IGNORE_LABEL = -100
 
+Origin = Literal["train", "eval"]
+"""Which data set a batch's samples come from."""
+
 HEALTH_NAMES = (
     "token_weight",
     "ce",
@@ -49,7 +52,7 @@ class Batch:
     `counted_T` are the flat positions (b * S + s) whose label counts and whose weight is positive: it is made with
     the batch so that the loss needs no device synchronisation.
     `segment_BS` numbers the samples of a row from 1; 0 is fill. `translation` is there when the teacher has another
-    tokenizer.
+    tokenizer. `origin` says which data set the samples' ids belong to.
     """
 
     input_ids_BS: Tensor
@@ -61,6 +64,7 @@ class Batch:
     segments: tuple[tuple[Segment, ...], ...] = ()
     segment_BS: Tensor | None = None
     translation: "Translation | None" = None
+    origin: Origin = "train"
 
     def to(self, *, device: torch.device) -> "Batch":
         """This batch with its tensors on `device`; the copies are asynchronous where memory is pinned."""

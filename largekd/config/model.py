@@ -18,15 +18,6 @@ class SourceModelConfig(Frozen):
     )
 
 
-class TeacherConfig(SourceModelConfig):
-    """The frozen teacher."""
-
-    model: str = Field(description="Hugging Face folder or hub name.")
-    gather_head: Literal["step", "micro_batch"] = Field(
-        "step", description="Gather the vocabulary head once per optimizer step, or around every forward."
-    )
-
-
 class StudentConfig(SourceModelConfig):
     """The trainable student: `model`, else `config`, else the teacher's layers."""
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from largekd.config.placement_schema import PlacementConfig, forbidden
 from largekd.config.problems import problems
 from largekd.config.run import RunConfig
+from largekd.config.teacher import EMATeacherConfig, MixtureTeacherConfig, OnlineTeacherConfig, TeacherConfig
 from largekd.errors import ConfigError
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
@@ -21,32 +23,53 @@ _OFFLOADS = ("offload_param", "offload_optimizer")
 
 
 class Placements(NamedTuple):
-    """Both models' placement, ready to be merged with the keys that the run configuration owns."""
+    """Each model's placement, ready to be merged with the keys that the run configuration owns.
 
-    teacher: dict[str, Any]
+    teachers: by the key of the configuration that names the file (`teacher.deepspeed`, `teacher.members.0.teacher…`);
+    empty where no teacher has weights in this job.
+    """
+
+    teachers: dict[str, dict[str, Any]]
     student: dict[str, Any]
+
+    @property
+    def teacher(self) -> dict[str, Any] | None:
+        """The placement of a single teacher; None where it has no weights in this job."""
+        return self.teachers.get("teacher.deepspeed")
 
 
 def read_placements(config: RunConfig) -> Placements:
-    """Both placement files of a run, checked against each other and against the run's other keys.
+    """All placement files of a run, checked against each other and against the run's other keys.
 
     Each model of each run swaps to a folder of its own below `nvme_path`: DeepSpeed empties its swap folder when it
     starts, whoever else is using it.
     Errors: ConfigError.
     """
-    teacher = read_placement(config.teacher.deepspeed, key="teacher.deepspeed")
     student = read_placement(config.student.deepspeed, key="student.deepspeed")
     _check_resumable(config, student=student)
-    if teacher["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
-        raise ConfigError(
-            f"teacher.deepspeed = {config.teacher.deepspeed!r} sets zero_optimization.zero_hpz_partition_size: "
-            "DeepSpeed cannot build an engine without an optimizer with it. Take the key out of that file."
-        )
     run = Path(config.run.dir).expanduser().absolute()
     own = f"{run.name}-{hashlib.sha256(str(run).encode()).hexdigest()[:8]}"
-    return Placements(
-        teacher=_with_swap_folder(teacher, f"{own}/teacher"), student=_with_swap_folder(student, f"{own}/student")
-    )
+    teachers = {}
+    for index, (key, path) in enumerate(_teacher_files(config.teacher)):
+        teacher = read_placement(path, key=key)
+        if teacher["zero_optimization"].get("zero_hpz_partition_size", 1) > 1:
+            raise ConfigError(
+                f"{key} = {path!r} sets zero_optimization.zero_hpz_partition_size: "
+                "DeepSpeed cannot build an engine without an optimizer with it. Take the key out of that file."
+            )
+        teachers[key] = _with_swap_folder(teacher, f"{own}/teacher{index or ''}")
+    return Placements(teachers=teachers, student=_with_swap_folder(student, f"{own}/student"))
+
+
+def _teacher_files(teacher: TeacherConfig) -> Iterator[tuple[str, str]]:
+    """(key, file) of every teacher that has weights in this job."""
+    match teacher:
+        case MixtureTeacherConfig(members=members):
+            for index, member in enumerate(members):
+                if isinstance(member.teacher, OnlineTeacherConfig):
+                    yield f"teacher.members.{index}.teacher.deepspeed", member.teacher.deepspeed
+        case OnlineTeacherConfig() | EMATeacherConfig():
+            yield "teacher.deepspeed", teacher.deepspeed
 
 
 def read_placement(path: str, *, key: str) -> dict[str, Any]:

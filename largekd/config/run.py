@@ -4,9 +4,10 @@ from pydantic import Field
 
 from largekd.config.common import Frozen
 from largekd.config.data import DataConfig, EvalConfig
-from largekd.config.model import StudentConfig, TeacherConfig
+from largekd.config.model import StudentConfig
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.output import CheckpointConfig, ExportConfig, LogConfig, RunFolderConfig
+from largekd.config.teacher import TeacherConfig
 from largekd.config.train import OptimConfig, TrainConfig
 
 
@@ -14,7 +15,7 @@ class RunConfig(Frozen):
     """One YAML file under recipes/ is one of these."""
 
     run: RunFolderConfig
-    teacher: TeacherConfig
+    teacher: TeacherConfig = Field(description="Source of the signals that the student learns from.")
     student: StudentConfig
     data: DataConfig
     train: TrainConfig

@@ -67,20 +67,26 @@ def key_reference(*, width: int = 100) -> str:
         if not inner:
             lines += ["", *_entry(Key(group, _kind(field.annotation), _default(field), field.description or ""), width)]
             continue
-        (record,) = inner
-        lines += ["", f"{group}: {(record.__doc__ or '').strip()}"]
-        repeated = _repeated(record, prefix=f"{group}.", first={})
-        told: set[str] = set()
-        for key in run_keys(record, prefix=f"{group}."):
-            again = next((name for name in repeated if key.name.startswith(f"{name}.")), None)
-            if again is None:
-                told.add(key.name)
-                known = repeated.get(key.name)
-                lines += _entry(replace(key, kind=f"as {known}") if known else key, width)
-            elif again not in told:
-                told.add(again)
-                lines.append(f"  {again}  (as {repeated[again]})")
+        for record in inner:
+            # One of several records is told by the only value that its first key may have.
+            title = group if len(inner) == 1 else f"{group}, kind {_kind(record.model_fields['kind'].annotation)}"
+            about = textwrap.wrap(f"{title}: {(record.__doc__ or '').strip()}", width=width, subsequent_indent="  ")
+            lines += ["", *about, *_record_lines(record, group=group, width=width)]
     return "\n".join(lines[1:])
+
+
+def _record_lines(record: type[BaseModel], *, group: str, width: int) -> Iterator[str]:
+    repeated = _repeated(record, prefix=f"{group}.", first={})
+    told: set[str] = set()
+    for key in run_keys(record, prefix=f"{group}."):
+        again = next((name for name in repeated if key.name.startswith(f"{name}.")), None)
+        if again is None:
+            told.add(key.name)
+            known = repeated.get(key.name)
+            yield from _entry(replace(key, kind=f"as {known}") if known else key, width)
+        elif again not in told:
+            told.add(again)
+            yield f"  {again}  (as {repeated[again]})"
 
 
 def _entry(key: Key, width: int) -> list[str]:

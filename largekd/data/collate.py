@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from largekd.contracts import IGNORE_LABEL, Batch, Segment
+from largekd.contracts import IGNORE_LABEL, Batch, Origin, Segment
 from largekd.data.packing import Row
 from largekd.data.store import SampleStore
 from largekd.data.translation import WIDTH_MULTIPLE, translate
@@ -17,7 +17,9 @@ from largekd.data.translation import WIDTH_MULTIPLE, translate
 FILL_ID = 0
 
 
-def collate(rows: Sequence[Row], *, samples: SampleStore, sequence_length: int, packing: bool) -> Batch:
+def collate(
+    rows: Sequence[Row], *, samples: SampleStore, sequence_length: int, packing: bool, origin: Origin = "train"
+) -> Batch:
     """One micro-batch of `rows`; an empty row is filler without a counted position.
 
     Packed: every row has `sequence_length` positions, `position_ids_BS` restart in every segment and in the tail, and
@@ -53,6 +55,7 @@ def collate(rows: Sequence[Row], *, samples: SampleStore, sequence_length: int, 
         segments=tuple(rows),
         segment_BS=torch.from_numpy(numbers),
         translation=translate(rows, samples=samples, width=width, counted_T=counted) if samples.is_translated else None,
+        origin=origin,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from largekd.contracts import Batch
+from largekd.contracts import Batch, Origin
 from largekd.data.collate import collate
 from largekd.data.packing import Row, Rows, one_per_row, pack
 from largekd.data.store import SampleStore
@@ -185,6 +185,7 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     max_rows: int | None = None,
+    origin: Origin = "eval",
 ) -> Iterator[Batch]:
     """One unshuffled walk over the rows, shared out so that every rank yields the same number of micro-batches.
 
@@ -203,7 +204,7 @@ def evaluation_batches(
         begin = start + rank * micro_batch_size
         own = rows[begin : min(begin + micro_batch_size, stop)]
         own += [FILLER_ROW] * (micro_batch_size - len(own))
-        yield collate(own, samples=samples, sequence_length=sequence_length, packing=packing)
+        yield collate(own, samples=samples, sequence_length=sequence_length, packing=packing, origin=origin)
 
 
 def _epoch_rows(samples: SampleStore, *, settings: RowSettings, epoch: int) -> Rows:

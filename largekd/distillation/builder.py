@@ -18,10 +18,10 @@ from largekd.data.loader import RowLoader
 from largekd.distillation.data import build_data
 from largekd.distillation.layers import decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
-from largekd.distillation.models import Sources, build_student, build_teacher, find_sources
+from largekd.distillation.models import Sources, build_student, find_sources
 from largekd.distillation.numerics import GradientWatch
-from largekd.engine.ds_config import frozen_ds_config, train_ds_config
-from largekd.engine.frozen import FrozenEngine
+from largekd.distillation.teachers import build_teacher_model, serve_teacher, teacher_ds_configs
+from largekd.engine.ds_config import train_ds_config
 from largekd.engine.train import TrainEngine
 from largekd.models.decoder import Decoder
 from largekd.objectives.alignment import Alignment, AlignmentPlan
@@ -35,7 +35,6 @@ from largekd.runtime.files import write_json
 from largekd.runtime.ranks import MainFirst, Ranks, Together
 from largekd.sharding.accelerator import device
 from largekd.sharding.shards import sharded_modules
-from largekd.teachers.online import OnlineTeacher
 from largekd.teachers.protocol import Teacher
 
 logger = logging.getLogger(__name__)
@@ -90,7 +89,6 @@ def build(
     sources = find_sources(config, first=first)
     data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first)
 
-    frozen = frozen_ds_config(placements.teacher, train=config.train, world_size=ranks.world_size)
     trained = train_ds_config(
         placements.student,
         train=config.train,
@@ -98,7 +96,8 @@ def build(
         accumulation=accumulation,
         world_size=ranks.world_size,
     )
-    teacher_decoder = build_teacher(config, sources=sources, ds_config=frozen, ranks=ranks)
+    teacher_model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
+    teacher_decoder = None if teacher_model is None else teacher_model.decoder
     student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
     pairs = find_pairs(
         objective,
@@ -115,20 +114,13 @@ def build(
     )
     chosen = config.objective.selection
     selection = None if chosen is None else TokenSelection(chosen, device=device())
-    teacher = OnlineTeacher(
-        engine=FrozenEngine(module=teacher_decoder, ds_config=frozen),
-        decoder=teacher_decoder,
-        gather_head_once=config.teacher.gather_head == "step",
-        shared_ids=sources.shared_vocab_size,
-        student_of_W=None if sources.student_of_teacher is None else sources.student_of_teacher.to(device()),
-        rank=ranks.rank,
-    )
+    teacher = serve_teacher(config, model=teacher_model, sources=sources, ranks=ranks)
     plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)
     with Together():
         if ranks.is_main:
-            write_json(folder / "deepspeed.json", value={"teacher": frozen, "student": trained})
+            write_json(folder / "deepspeed.json", value={**teacher_ds_configs(teacher_model), "student": trained})
     module = build_distill_model(objective, student=student, alignment=alignment, selection=selection)
     groups = build_groups(module.named_trainables(), config=config.optim)
     if ranks.is_main:
@@ -176,12 +168,13 @@ def _build_alignment(
     *,
     pairs: Mapping[str, tuple[LayerPair, ...]],
     student: Decoder,
-    teacher: Decoder,
+    teacher: Decoder | None,
     ds_config: Mapping[str, Any],
     seed: int,
 ) -> Alignment | None:
     if not pairs:
         return None
+    assert teacher is not None
     shapes = {
         side: decoder_shape(decoder, side=side, pairs=pairs, objective=objective)
         for side, decoder in (("student", student), ("teacher", teacher))

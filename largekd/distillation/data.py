@@ -9,7 +9,7 @@ from datasets import disable_progress_bars
 
 from largekd.config.data import SourceConfig
 from largekd.config.run import RunConfig
-from largekd.contracts import Batch
+from largekd.contracts import Batch, Origin
 from largekd.data.loader import RowLoader, RowSettings, evaluation_batches
 from largekd.data.samples import LoadedSamples, load_samples
 from largekd.data.spans import alignment_report
@@ -82,7 +82,7 @@ def build_data(config: RunConfig, *, sources: Sources, ranks: Ranks, folder: Pat
             "lower it or raise train.max_steps / train.max_epochs."
         )
 
-    def walk(loaded: LoadedSamples, *, micro_batch_size: int, max_rows: int | None) -> Iterator[Batch]:
+    def walk(loaded: LoadedSamples, *, micro_batch_size: int, max_rows: int | None, origin: Origin) -> Iterator[Batch]:
         return evaluation_batches(
             loaded.samples,
             sequence_length=train.sequence_length,
@@ -91,17 +91,18 @@ def build_data(config: RunConfig, *, sources: Sources, ranks: Ranks, folder: Pat
             rank=ranks.rank,
             world_size=ranks.world_size,
             max_rows=max_rows,
+            origin=origin,
         )
 
     def first_rows(count: int) -> Iterator[Batch]:
-        return walk(training, micro_batch_size=train.micro_batch_size, max_rows=count)
+        return walk(training, micro_batch_size=train.micro_batch_size, max_rows=count, origin="train")
 
     if held_out is None:
         return RunData(loader, None, first_rows)
 
     def held_out_batches() -> Iterator[Batch]:
         size = config.eval.micro_batch_size or train.micro_batch_size
-        return walk(held_out, micro_batch_size=size, max_rows=config.eval.max_rows)
+        return walk(held_out, micro_batch_size=size, max_rows=config.eval.max_rows, origin="eval")
 
     return RunData(loader, held_out_batches, first_rows)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from largekd.config.alignment import AdaptiveLayersConfig, AttentionConfig, FeatureConfig
 from largekd.config.run import RunConfig
 from largekd.contracts import Batch, TapRequest
+from largekd.errors import ConfigError
 from largekd.models.decoder import Decoder
 from largekd.models.taps import attention_shape, check_layers, depth, hidden_width
 from largekd.objectives.alignment import DecoderShape, check_attention_shapes
@@ -37,7 +38,7 @@ def find_pairs(
     *,
     config: RunConfig,
     student: Decoder,
-    teacher: Decoder,
+    teacher: Decoder | None,
     rows: Callable[[int], Iterator[Batch]],
     folder: Path,
     ranks: Ranks,
@@ -50,6 +51,13 @@ def find_pairs(
     Errors: ConfigError for layers that do not exist.
     """
     # Before the first checkpoint the file may be of a start with another configuration.
+    if not (objective.features or objective.attention):
+        return {}
+    if teacher is None:
+        raise ConfigError(
+            f"objective.features, objective.attention: a teacher of kind {config.teacher.kind!r} has no layers in this "
+            "job to compare with; use teacher.kind online or take these terms out."
+        )
     measured = _earlier(folder / LAYERS_FILE) if resumed else {}
     similarity: dict[int, Tensor] = {}
     pairs: dict[str, tuple[LayerPair, ...]] = {}

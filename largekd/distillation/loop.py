@@ -182,6 +182,7 @@ def _report(session: Session, *, window: Window, progress: Progress, result: Ste
     }
     for summand, factor in zip(parts.objective.summands, setting.factors, strict=True):
         values[f"schedule/factor/{summand.name}"] = factor
+    values |= parts.teacher.metrics
     values |= {f"optim/lr/{name}": rate for name, rate in parts.engine.learning_rates().items()}
     values |= memory_figures(accelerator_peak_bytes=None if on_cpu() else peak_memory_bytes)
     session.monitor.log(step=step, values=values)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from largekd.config.run import RunConfig
+from largekd.config.teacher import OnlineTeacherConfig, RemoteTeacherConfig, TeacherConfig
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
 from largekd.errors import ConfigError
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
@@ -49,11 +50,12 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     Errors: ConfigError for a model that is absent or shorter than train.sequence_length; TeacherError or DataError
     when their token ids do not mean the same tokens.
     """
-    teacher = _find(config.teacher.model, config=config.teacher, key="teacher.model", first=first)
-    tokenizer = load_tokenizer(str(teacher.path), trust_remote_code=teacher.trust_remote_code, key="teacher.model")
     student: ModelFolder | None = None
     if config.student.model is not None:
         student = _find(config.student.model, config=config.student, key="student.model", first=first)
+    teacher = _find_teacher(config.teacher, student=student, first=first)
+    tokenizer = load_tokenizer(str(teacher.path), trust_remote_code=teacher.trust_remote_code, key="teacher.model")
+    if student is not None:
         student_config = student.config
         if config.student.layers is not None:
             student_config = config_with_layers(student.config, layers=config.student.layers, key="student.layers")
@@ -90,17 +92,25 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     )
 
 
-def build_teacher(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any], ranks: Ranks) -> Decoder:
-    """The sharded teacher with its weights."""
+def build_teacher(
+    config: OnlineTeacherConfig,
+    *,
+    folder: ModelFolder,
+    precision: str,
+    ds_config: Mapping[str, Any],
+    ranks: Ranks,
+    key: str,
+) -> Decoder:
+    """The sharded teacher with its weights; `key` is the place of `config` in the configuration."""
     model = build_model(
-        sources.teacher.config,
+        folder.config,
         ds_config=ds_config,
-        precision=config.train.precision,
-        attention=config.teacher.attention,
-        trust_remote_code=config.teacher.trust_remote_code,
-        key="teacher",
+        precision=precision,
+        attention=config.attention,
+        trust_remote_code=config.trust_remote_code,
+        key=key,
     )
-    load_pretrained(model, folder=sources.teacher.path, rank=ranks.rank)
+    load_pretrained(model, folder=folder.path, rank=ranks.rank)
     return Decoder(model=model)
 
 
@@ -125,6 +135,15 @@ def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
     if config.train.activation_checkpointing:
         enable_checkpointing(model)
     return Decoder(model=model)
+
+
+def _find_teacher(teacher: TeacherConfig, *, student: ModelFolder | None, first: First) -> ModelFolder:
+    """Where the teacher's configuration and tokenizer are, and for an online one its weights."""
+    match teacher:
+        case OnlineTeacherConfig() | RemoteTeacherConfig():
+            return _find(teacher.model, config=teacher, key="teacher.model", first=first)
+    assert student is not None
+    return student
 
 
 def _find(name: str, *, config: Any, key: str, first: First) -> ModelFolder:

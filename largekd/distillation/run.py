@@ -154,6 +154,8 @@ def _owners(parts: Parts, *, journal: Journal, ranks: Ranks) -> dict[str, StateO
         "progress": JsonOwner(get=journal.state, put=journal.restore, ranks=ranks),
         "rng": RandomOwner(ranks=ranks),
     }
+    if parts.teacher.state is not None:
+        owners["teacher"] = parts.teacher.state
     if parts.selection is not None:
         owners["selection"] = JsonOwner(get=parts.selection.state, put=parts.selection.restore, ranks=ranks)
     return owners

@@ -140,9 +140,10 @@ def train_step(
                 figures.append(outputs)
     with timers.section("optimizer"):
         outcome = engine.step(lr=lr)
-    if outcome.applied:
-        teacher.after_step()
     totals = {name: torch.stack([output[name] for output in figures]).sum(dim=0) for name in figures[0]}
+    if outcome.applied:
+        with timers.section("teacher"):
+            teacher.after_step(totals)
     # The alignment's part was filled by the backward passes.
     squares = [totals.pop(name) for name in ("squares", "alignment_squares") if name in totals]
     if squares:

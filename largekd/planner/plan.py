@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from largekd.config.checks import check_world
 from largekd.config.placement import read_placements
 from largekd.config.run import RunConfig
+from largekd.config.teacher import OnlineTeacherConfig
 from largekd.errors import ConfigError
 from largekd.planner.alignment import alignment_terms, alignment_warnings
+from largekd.planner.errors import PlanUnavailableError
 from largekd.planner.locate import read_model_config
 from largekd.planner.memory import PLACES, MemoryTerm, Place, Side, memory_terms, peak_bytes
 from largekd.planner.shapes import ModelShape, read_shape
@@ -41,8 +43,10 @@ def plan(config: RunConfig, *, world_size: int) -> Plan:
     """
     accumulation = check_world(config, world_size=world_size)
     placements = read_placements(config)
+    if not isinstance(config.teacher, OnlineTeacherConfig) or placements.teacher is None:
+        raise PlanUnavailableError(f"there is none for teacher.kind {config.teacher.kind!r}")
     teacher = read_shape(read_model_config(config.teacher.model, revision=config.teacher.revision))
-    student = _student_shape(config, teacher=teacher)
+    student = _student_shape(config, teacher=teacher, teacher_model=config.teacher.model)
     _check_positions(config, key="teacher.model", shape=teacher)
     _check_positions(config, key="student.model", shape=student)
     dtype_bytes = _BYTES[config.train.precision]
@@ -63,7 +67,7 @@ def plan(config: RunConfig, *, world_size: int) -> Plan:
     )
 
 
-def _student_shape(config: RunConfig, *, teacher: ModelShape) -> ModelShape:
+def _student_shape(config: RunConfig, *, teacher: ModelShape, teacher_model: str) -> ModelShape:
     student = config.student
     if student.model is not None:
         whole = read_shape(read_model_config(student.model, revision=student.revision))
@@ -73,7 +77,7 @@ def _student_shape(config: RunConfig, *, teacher: ModelShape) -> ModelShape:
     if student.config is not None:
         return read_shape(read_model_config(student.config, revision=student.revision))
     layers = student.teacher_layers or ()
-    return _with_layers(teacher, layers=layers, key="student.teacher_layers", model=config.teacher.model)
+    return _with_layers(teacher, layers=layers, key="student.teacher_layers", model=teacher_model)
 
 
 def _with_layers(whole: ModelShape, *, layers: Sequence[int], key: str, model: str) -> ModelShape:

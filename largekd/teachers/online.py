@@ -120,8 +120,18 @@ class OnlineTeacher:
             weight_VD=self._decoder.head_weight.detach(), bias_V=None if bias is None else bias.detach()
         )
 
-    def after_step(self) -> None:
+    def after_step(self, figures: Mapping[str, Tensor]) -> None:
         """A frozen teacher does not learn."""
+
+    @property
+    def state(self) -> None:
+        """Nothing that a checkpoint must keep."""
+        return None
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """None."""
+        return {}
 
     def close(self) -> None:
         """Remove the engine's hooks."""

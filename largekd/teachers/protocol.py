@@ -1,10 +1,23 @@
 """What every teacher offers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
+from torch import Tensor
+
 from largekd.contracts import Batch, SignalRequest, TeacherSignal
+
+
+class TeacherState(Protocol):
+    """State of a teacher that learns; both methods run on every rank, see the owners of a checkpoint's parts."""
+
+    def save(self, folder: Path) -> None:
+        """Write all of it under `folder`; files of one rank carry its number."""
+
+    def load(self, folder: Path) -> None:
+        """Become what was saved."""
 
 
 class Teacher(Protocol):
@@ -21,8 +34,20 @@ class Teacher(Protocol):
         The whole step is shown at once, so that a teacher may reorder, batch or read ahead. A collective call.
         """
 
-    def after_step(self) -> None:
-        """Called once after each optimizer step that was applied; a teacher that learns does it here."""
+    def after_step(self, figures: Mapping[str, Tensor]) -> None:
+        """Called once after each optimizer step that was applied; a teacher that learns does it here.
+
+        figures: what the step's passes gave beside the loss, this rank's sums over its micro-batches. A collective
+        call.
+        """
+
+    @property
+    def state(self) -> "TeacherState | None":
+        """What a checkpoint must keep of this teacher; None where it does not learn."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """Figures for the step's record, such as the weights of several teachers."""
 
     def close(self) -> None:
         """Release what the teacher holds."""

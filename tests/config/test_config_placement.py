@@ -174,7 +174,9 @@ def test_models_and_runs_do_not_share_a_swap_folder(with_key: Changed, monkeypat
         tree["student"]["deepspeed"] = "ds_configs/zero3_param_nvme.json"
         tree["run"]["dir"] = run_dir
         placements = read_placements(parse_config(tree))
-        return [side["zero_optimization"]["offload_param"]["nvme_path"] for side in placements]
+        return [
+            side["zero_optimization"]["offload_param"]["nvme_path"] for side in (placements.teacher, placements.student)
+        ]
 
     first, second = folders("a/run"), folders("b/run")
     assert len({*first, *second}) == 4

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from largekd.config.load import load_config
-from largekd.config.placement import read_placement
+from largekd.config.placement import read_placements
 from largekd.config.run import RunConfig
 from largekd.config.schema import json_schema_text, key_reference, run_keys
 
@@ -29,8 +29,7 @@ def test_recipes_resolve_with_their_placements(recipe: Path, monkeypatch: pytest
     monkeypatch.chdir(CHECKOUT)
     assert recipe.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=schema.json\n")
     config = load_config(recipe)
-    assert read_placement(config.teacher.deepspeed, key="teacher.deepspeed")
-    assert read_placement(config.student.deepspeed, key="student.deepspeed")
+    assert read_placements(config).student
 
 
 def test_there_are_recipes() -> None:
