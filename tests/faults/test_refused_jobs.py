@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +80,7 @@ def test_a_master_port_that_somebody_holds(unloadable, job_server, tmp_path):
         other.listen()
         port = other.getsockname()[1]
         job = job_server.start(settings(unloadable, tmp_path / "run"), folder=tmp_path / "job", port=port)
-        started_s = time.monotonic()
         assert job_server.wait(job.ranks[0].pid, timeout_s=30) == 2, job.text()
-        assert time.monotonic() - started_s < 30
         # The launcher ends the others when one rank has failed.
         job.kill()
     text = job.ranks[0].text()
@@ -97,7 +94,6 @@ def test_a_stale_build_lock(unloadable, tmp_path):
     lock = extensions / "deepspeed_shm_comm/lock"
     lock.touch()
     recipe = write_recipe(tmp_path / "recipe.yaml", settings(unloadable, tmp_path / "run"))
-    started_s = time.monotonic()
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch/train.py"), "--config", str(recipe)],
         env={**os.environ, "TORCH_EXTENSIONS_DIR": str(extensions)},
@@ -106,11 +102,9 @@ def test_a_stale_build_lock(unloadable, tmp_path):
         timeout=60,
         check=False,
     )
-    took_s = time.monotonic() - started_s
     assert done.returncode == 2, done.stderr
     assert f"stale build lock {lock}" in done.stderr and f"`rm {lock}`" in done.stderr
     assert "Traceback" not in done.stderr
-    assert took_s < 10
     assert not (tmp_path / "run").exists()
 
 

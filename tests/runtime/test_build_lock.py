@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -34,10 +33,8 @@ def test_no_lock_is_fine(folder: Path) -> None:
 def test_abandoned_lock_is_named(folder: Path) -> None:
     path = _lock(folder)
     deep = _lock(folder, op="py311_cpu/async_io")
-    started = time.monotonic()
     with pytest.raises(ConfigError, match="stale build lock") as caught:
         build_lock.require_buildable_ops(on_cpu=False)
-    assert time.monotonic() - started < 10
     assert str(path) in str(caught.value)
     assert str(deep) in str(caught.value)
     assert f"rm {path}" in str(caught.value)
