@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from step_jobs import Side, build_side, mean_loss, own_micro_batches, run_step
 
+from largekd.distillation.step import StepSetting
 from largekd.models.decoder import Decoder
 from largekd.runtime.ranks import current_ranks
 from largekd.sharding.master import master_shard
@@ -125,3 +126,28 @@ def saved_and_loaded(*, student: str, folder: str) -> dict[str, bool]:
     same &= all(torch.equal(value, shards[name]) for name, value in average.shards())
     side.close()
     return {"moved": moved, "same": same, "updates": average.updates == updates == 1}
+
+
+def deep_figures(*, teacher: str, student: str, rows: int, objective: dict[str, Any]) -> dict[str, Any]:
+    """Names, sums and squared gradients of a step's summands, and their sums in evaluation mode."""
+    share = rows // dist.get_world_size()
+    side = build_side(teacher=teacher, student=student, objective=objective, micro_batch_size=share, accumulation=1)
+    (batch,) = own_micro_batches(rows=rows, packed=True, micro_batch_size=share)
+    side.engine.eval()
+    setting = StepSetting.at(objective=side.objective, alignment=None, step=0, max_steps=10, seed=0)
+    with torch.no_grad(), side.teacher.signals([batch], request=setting.request) as signals:
+        outputs = side.engine(
+            batch=batch,
+            signal=next(signals),
+            scales=torch.zeros(len(side.objective.summands)),
+            temperature=torch.tensor(setting.temperature),
+        )
+    side.engine.train()
+    _, result = run_step(side, [batch], lr=0.0, term_gradients=True)
+    side.close()
+    return {
+        "names": [summand.name for summand in side.objective.summands],
+        "sums": result.sums.tolist(),
+        "squares": result.extras["squares"].tolist(),
+        "evaluation": outputs["sums"].tolist(),
+    }

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pool import RankError
 from safetensors.torch import load_file
 from tiny_run import ROOT, distil, distil_until, metrics, settings
 
@@ -28,7 +29,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(two_ranks, tiny_asset
     summary, _ = two_ranks.run(distil, tree=whole)
     assert two_ranks.run(distil_until, tree=parts, step=3, rank=0) == [None, None]
     resumed, _ = two_ranks.run(distil, tree=parts)
-    assert resumed["after"] == summary["after"]
+    assert resumed["eval"] == summary["eval"]
     for rank in range(2):
         name = f"teacher/rank_{rank:05d}.safetensors"
         one, other = (
@@ -41,8 +42,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(two_ranks, tiny_asset
     # The first step's teacher is the student itself.
     assert abs(records[0]["kd/forward_kl"]) < 1e-6 < records[-1]["kd/forward_kl"]
     for record in records:
-        parts = ("cross_entropy", "forward_kl", "deep_supervision.1.cross_entropy", "deep_supervision.1.forward_kl")
-        assert record["loss"] == pytest.approx(sum(record[f"kd_weighted/{name}"] for name in parts))
+        names = ("cross_entropy", "forward_kl", "deep_supervision.1.cross_entropy", "deep_supervision.1.forward_kl")
+        assert record["loss"] == pytest.approx(sum(record[f"kd_weighted/{name}"] for name in names))
         deep = record["kd_weighted/deep_supervision.1.cross_entropy"]
         assert deep == pytest.approx(0.5 * 0.2 * record["kd/deep_supervision.1.cross_entropy"])
 
@@ -82,7 +83,5 @@ def test_shards_on_nvme_are_refused(tmp_path, side):
 def test_layers_that_cannot_be_supervised(two_ranks, tiny_assets, tmp_path, layer):
     tree = ema_settings(tiny_assets, tmp_path / "run")
     tree["objective"]["deep_supervision"]["layers"] = [layer]
-    from pool import RankError
-
     with pytest.raises(RankError, match=r"objective\.deep_supervision\.layers"):
         two_ranks.run(distil, tree=tree)
