@@ -23,7 +23,7 @@ def build_ema(*, student: str, decay: float, warmup: bool = False, **build: Any)
     side = build_side(teacher=student, student=student, objective=OBJECTIVE, **build)
     decoder = side.teacher._decoder
     average = ShardAverage(source=side.student.model, target=decoder.model, decay=decay, warmup=warmup)
-    side.teacher = EMATeacher(online=side.teacher, average=average, ranks=current_ranks())  # type: ignore[assignment]
+    side.teacher = EMATeacher(online=side.teacher, average=average, model=decoder.model, ranks=current_ranks())  # type: ignore[assignment]
     return side, decoder, average
 
 

@@ -54,6 +54,8 @@ def _student(config: RunConfig) -> Iterator[str]:
 def _average(config: RunConfig) -> Iterator[str]:
     """Rules of a teacher that is the average of the student's own weights."""
     if not isinstance(config.teacher, EMATeacherConfig):
+        if config.export.weights == "teacher_average":
+            yield "export.weights = 'teacher_average': only teacher.kind = 'ema' has one; it must be student"
         return
     student, kind = config.student, "teacher.kind = 'ema'"
     if student.model is None:

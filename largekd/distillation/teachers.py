@@ -65,6 +65,7 @@ def serve_teacher(
                 average=ShardAverage(
                     source=student.model, target=model.decoder.model, decay=ema.decay, warmup=ema.warmup
                 ),
+                model=model.decoder.model,
                 ranks=ranks,
             )
     raise ConfigError(f"teacher.kind = {config.teacher.kind!r}: cannot be built.")

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from largekd.contracts import Batch, SignalRequest, TeacherSignal
 from largekd.errors import CheckpointError
@@ -16,11 +17,14 @@ from largekd.teachers.online import OnlineTeacher
 class EMATeacher:
     """An online teacher whose weights follow the student's after every applied step; a skipped step changes nothing.
 
+    `model` has the averaged weights.
+
     After Tarvainen and Valpola 2017 (Mean Teacher).
     """
 
-    def __init__(self, *, online: OnlineTeacher, average: ShardAverage, ranks: Ranks) -> None:
+    def __init__(self, *, online: OnlineTeacher, average: ShardAverage, model: PreTrainedModel, ranks: Ranks) -> None:
         self._online = online
+        self.model = model
         self._average = average
         self._state = _AverageState(average=average, ranks=ranks)
 

@@ -24,8 +24,18 @@ def ema_settings(assets, run_dir, **changes):
     return tree
 
 
+def assert_exported_average(run):
+    """The export holds what the ranks' shards in the last checkpoint make together."""
+    folder = next((run / "checkpoints").glob("step_*6")) / "teacher"
+    shards = [load_file(path) for path in sorted(folder.iterdir())]
+    for name, tensor in load_file(run / "export" / "model.safetensors").items():
+        joined = torch.cat([part[name] for part in shards])[: tensor.numel()]
+        torch.testing.assert_close(tensor.flatten(), joined, rtol=0, atol=0)
+
+
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(two_ranks, tiny_assets, tmp_path):
     whole, parts = (ema_settings(tiny_assets, tmp_path / name) for name in ("whole", "parts"))
+    whole["export"] = {"weights": "teacher_average"}
     summary, _ = two_ranks.run(distil, tree=whole)
     assert two_ranks.run(distil_until, tree=parts, step=3, rank=0) == [None, None]
     resumed, _ = two_ranks.run(distil, tree=parts)
@@ -37,6 +47,9 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(two_ranks, tiny_asset
         )
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
+    assert_exported_average(tmp_path / "whole")
+    with pytest.raises(AssertionError):
+        assert_exported_average(tmp_path / "parts")
     records = metrics(tmp_path / "parts")
     assert [record["teacher/decay"] for record in records] == pytest.approx([(1 + n) / (10 + n) for n in range(1, 7)])
     # The first step's teacher is the student itself.
@@ -55,6 +68,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(two_ranks, tiny_asset
         ({"student__teacher_layers": [0]}, "student.teacher_layers"),
         ({"student__config": "config.json"}, "student.config"),
         ({"objective__translation": {"method": "spans"}}, "objective.translation"),
+        ({"teacher__kind": "online", "teacher__model": "x", "export__weights": "teacher_average"}, "export.weights"),
         ({"objective__deep_supervision": {"layers": [1, 1]}}, "objective.deep_supervision.layers = [1, 1]"),
         ({"objective__deep_supervision": {"layers": [-1]}}, "objective.deep_supervision.layers: -1"),
         ({"objective__deep_supervision": {"layers": [1], "weight": -1}}, "objective.deep_supervision.weight"),
@@ -64,7 +78,9 @@ def test_settings_that_have_no_meaning(tmp_path, changes, key):
     tree = ema_settings(tmp_path, tmp_path / "run")
     for name, value in changes.items():
         room, last = name.split("__")
-        tree[room][last] = value
+        tree.setdefault(room, {})[last] = value
+        if last == "kind":
+            del tree[room]["decay"]
     with pytest.raises(ConfigError) as raised:
         parse_config(tree)
     assert key in str(raised.value)
