@@ -5,9 +5,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from step_jobs import Side, build_side, mean_loss, own_micro_batches, run_step
+from torch import nn
 
 from largekd.distillation.step import StepSetting
+from largekd.errors import CheckpointError
 from largekd.models.decoder import Decoder
 from largekd.runtime.ranks import current_ranks
 from largekd.sharding.master import master_shard
@@ -126,6 +129,44 @@ def saved_and_loaded(*, student: str, folder: str) -> dict[str, bool]:
     same &= all(torch.equal(value, shards[name]) for name, value in average.shards())
     side.close()
     return {"moved": moved, "same": same, "updates": average.updates == updates == 1}
+
+
+def averaged_buffers() -> dict[str, Any]:
+    """Persistent buffers of floating point follow, others are copied, those outside of checkpoints are left alone."""
+    pair = [nn.Module(), nn.Module()]
+    for module in pair:
+        module.register_buffer("bias", torch.full((3,), 2.0, dtype=torch.bfloat16))
+        module.register_buffer("seen", torch.tensor([1, 2]))
+        module.register_buffer("angles", torch.ones(2), persistent=False)
+    source, target = pair
+    average = ShardAverage(source=source, target=target, decay=0.75, warmup=False)
+    source.bias.fill_(4.0)
+    source.seen.add_(10)
+    source.angles.zero_()
+    average.update()
+    return {name: buffer.tolist() for name, buffer in target.named_buffers()}
+
+
+def refusals(*, student: str, folder: str) -> list[str]:
+    """What loading says of a file of another model, one without its number of updates, and one that is no file."""
+    side, _, average = build_ema(student=student, decay=0.9)
+    path = Path(folder) / f"{dist.get_rank()}.safetensors"
+    average.save(path=path)
+    tensors = load_file(path)
+    messages = []
+    for damage in ("tensor", "updates", "bytes"):
+        if damage == "tensor":
+            save_file({name: value for name, value in tensors.items() if "norm" not in name}, path)
+        elif damage == "updates":
+            save_file(tensors, path)
+        else:
+            path.write_bytes(b"no tensors")
+        try:
+            average.load(path=path)
+        except CheckpointError as error:
+            messages.append(str(error))
+    side.close()
+    return messages
 
 
 def deep_figures(*, teacher: str, student: str, rows: int, objective: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ema_jobs import long_average, saved_and_loaded, train_with_average
+from ema_jobs import averaged_buffers, long_average, refusals, saved_and_loaded, train_with_average
 from placements import offload
 from tiny import save_tiny_llama
 
@@ -87,3 +87,16 @@ def test_state_comes_back_to_the_bit(student, two_ranks, tmp_path):
     for result in two_ranks.run(saved_and_loaded, student=student, folder=str(tmp_path)):
         assert result == {"moved": True, "same": True, "updates": True}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rank_00000.safetensors", "rank_00001.safetensors"]
+
+
+def test_buffers_of_a_checkpoint_follow_too(one_rank):
+    (buffers,) = one_rank.run(averaged_buffers)
+    assert buffers == {"bias": [2.5] * 3, "seen": [11, 12], "angles": [1.0, 1.0]}
+
+
+def test_a_file_that_does_not_fit_is_refused(student, two_ranks, tmp_path):
+    for messages in two_ranks.run(refusals, student=student, folder=str(tmp_path)):
+        tensor, updates, damaged = messages
+        assert "other tensors than this student, such as 'model.layers.0.input_layernorm.weight'" in tensor
+        assert "after how many updates" in updates
+        assert "cannot be read" in damaged
