@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 from largekd.config.objective_checks import check_objective
 from largekd.config.run import RunConfig
+from largekd.config.teacher import EMATeacherConfig
 from largekd.errors import ConfigError
 
 
 def check_config(config: RunConfig) -> list[str]:
     """The rules that the values break together, one line each; empty when the run can be built."""
-    return [*_train(config), *_student(config), *_objective(config), *_optim(config), *_data(config)]
+    return [*_train(config), *_student(config), *_average(config), *_objective(config), *_optim(config), *_data(config)]
 
 
 def check_world(config: RunConfig, *, world_size: int) -> int:
@@ -38,8 +39,8 @@ def _train(config: RunConfig) -> Iterator[str]:
 
 
 def _student(config: RunConfig) -> Iterator[str]:
-    student = config.student
-    if student.model is None and student.config is None and student.teacher_layers is None:
+    student, averaged = config.student, isinstance(config.teacher, EMATeacherConfig)
+    if student.model is None and student.config is None and student.teacher_layers is None and not averaged:
         yield "student.model: set it, or student.config, or student.teacher_layers, otherwise there is no student"
     if student.layers is not None and student.model is None:
         yield "student.layers: it names layers of student.model; set that, or student.teacher_layers"
@@ -48,6 +49,22 @@ def _student(config: RunConfig) -> Iterator[str]:
             yield f"{key} = []: name at least one layer"
         if layers and min(layers) < 0:
             yield f"{key}: {min(layers)} is not a layer; the first one is 0"
+
+
+def _average(config: RunConfig) -> Iterator[str]:
+    """Rules of a teacher that is the average of the student's own weights."""
+    if not isinstance(config.teacher, EMATeacherConfig):
+        if config.export.weights == "teacher_average":
+            yield "export.weights = 'teacher_average': only teacher.kind = 'ema' has one; it must be student"
+        return
+    student, kind = config.student, "teacher.kind = 'ema'"
+    if student.model is None:
+        yield f"student.model: {kind} averages a student that has weights and a tokenizer; name its folder there"
+    for key in ("config", "teacher_layers"):
+        if getattr(student, key) is not None:
+            yield f"student.{key}: {kind} has no other model that it could come from; remove it"
+    if config.objective.translation is not None:
+        yield f"objective.translation: {kind} has the student's own tokenizer; remove it"
 
 
 def _objective(config: RunConfig) -> Iterator[str]:

@@ -4,6 +4,7 @@ from pydantic import Field
 
 from largekd.config.alignment import AttentionConfig, FeatureConfig
 from largekd.config.common import Frozen
+from largekd.config.deep_supervision import DeepSupervisionConfig
 from largekd.config.divergence import (
     DivergenceConfig,
     ForwardKLConfig,
@@ -30,5 +31,8 @@ class ObjectiveConfig(Frozen):
     )
     features: tuple[FeatureConfig, ...] = Field((), description="Alignment of hidden states.")
     attention: tuple[AttentionConfig, ...] = Field((), description="Alignment of attention.")
+    deep_supervision: DeepSupervisionConfig | None = Field(
+        None, description="Intermediate layers that are trained on the vocabulary terms too; null: none."
+    )
     chunk_tokens: int = Field(512, ge=1, description="Tokens whose logits exist at one time.")
     compile: bool = Field(False, description="Compile the row function of the vocabulary pass (torch.compile).")

@@ -13,6 +13,7 @@ from largekd.config.schedule import CurveConfig, extremes
 _WHOLE_DISTRIBUTION = ("sorted_distance", "logit_mse", "ranking_hinge", "plugin")
 
 # Names that the loss and its records use themselves.
+DEEP_PREFIX = "deep_supervision."
 _RESERVED = ("cross_entropy", "kept_frac")
 
 
@@ -27,6 +28,7 @@ def check_objective(objective: ObjectiveConfig, *, student: StudentConfig, plugi
     yield from _translation(objective)
     yield from _selection(objective)
     yield from _layers(objective, student=student)
+    yield from _deep_supervision(objective)
 
 
 def _scheduled(objective: ObjectiveConfig) -> Iterator[tuple[str, float | CurveConfig]]:
@@ -37,6 +39,8 @@ def _scheduled(objective: ObjectiveConfig) -> Iterator[tuple[str, float | CurveC
         yield f"objective.divergences.{index}.weight", term.weight
     for key, aligned in _aligned(objective):
         yield f"{key}.weight", aligned.weight
+    if objective.deep_supervision is not None:
+        yield "objective.deep_supervision.weight", objective.deep_supervision.weight
 
 
 def _aligned(objective: ObjectiveConfig) -> Iterator[tuple[str, FeatureConfig | AttentionConfig]]:
@@ -214,3 +218,19 @@ def _layers(objective: ObjectiveConfig, *, student: StudentConfig) -> Iterator[s
         for name, value in (("model", student.model), ("config", student.config)):
             if value is not None and student.teacher_layers is not None:
                 yield f"{what}; student.{name} = {value!r} replaces student.teacher_layers: set only one of them"
+
+
+def _deep_supervision(objective: ObjectiveConfig) -> Iterator[str]:
+    if objective.deep_supervision is None:
+        return
+    layers, key = objective.deep_supervision.layers, "objective.deep_supervision.layers"
+    if min(layers) < 0:
+        yield f"{key}: {min(layers)} is not a layer; the first one is 0"
+    if len(set(layers)) < len(layers):
+        yield f"{key} = {list(layers)}: names one twice"
+    for index, term in enumerate(objective.divergences):
+        if term_name(term).startswith(DEEP_PREFIX):
+            yield f"objective.divergences.{index}.term = {term_name(term)!r}: the name is taken; choose another"
+    for name, aligned in _aligned(objective):
+        if aligned.name.startswith(DEEP_PREFIX):
+            yield f"{name}.name = {aligned.name!r}: the name is taken; choose another"

@@ -39,5 +39,8 @@ class LogConfig(Frozen):
 class ExportConfig(Frozen):
     """The Hugging Face folder written at the end."""
 
+    weights: Literal["student", "teacher_average"] = Field(
+        "student", description="teacher_average: the average of the student's weights that a teacher of kind ema is."
+    )
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="Dtype on disk; null: train.precision.")
     max_shard_bytes: int = Field(2_000_000_000, ge=1_000_000, description="Largest safetensors file.")

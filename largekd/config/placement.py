@@ -58,6 +58,8 @@ def read_placements(config: RunConfig) -> Placements:
                 "DeepSpeed cannot build an engine without an optimizer with it. Take the key out of that file."
             )
         teachers[key] = _with_swap_folder(teacher, f"{own}/teacher{index or ''}")
+    if isinstance(config.teacher, EMATeacherConfig):
+        _check_average(config, student=student, teacher=teachers["teacher.deepspeed"])
     return Placements(teachers=teachers, student=_with_swap_folder(student, f"{own}/student"))
 
 
@@ -118,6 +120,20 @@ def _check_resumable(config: RunConfig, *, student: dict[str, Any]) -> None:
             "optimizer, so a resumed run would be wrong without any error. Use offload_optimizer.device cpu "
             "(ds_configs/zero3_cpu.json; parameters may stay on NVMe), or checkpoint.every_steps=0."
         )
+
+
+def _check_average(config: RunConfig, *, student: dict[str, Any], teacher: dict[str, Any]) -> None:
+    """Shards on NVMe are not in memory when the average is taken."""
+    for key, path, placement in (
+        ("student.deepspeed", config.student.deepspeed, student),
+        ("teacher.deepspeed", getattr(config.teacher, "deepspeed", ""), teacher),
+    ):
+        for name in _OFFLOADS:
+            if offload_device(placement, name) == "nvme":
+                raise ConfigError(
+                    f"{key} = {path!r} sets zero_optimization.{name}.device nvme: teacher.kind = 'ema' averages shards "
+                    f"that are in memory. Choose a file with {name}.device cpu or none."
+                )
 
 
 def _with_swap_folder(placement: dict[str, Any], folder: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from largekd.config.run import RunConfig
 from largekd.contracts import Batch
 from largekd.data.loader import RowLoader
 from largekd.distillation.data import build_data
-from largekd.distillation.layers import decoder_shape, find_pairs
+from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student, find_sources
 from largekd.distillation.numerics import GradientWatch
@@ -114,7 +114,7 @@ def build(
     )
     chosen = config.objective.selection
     selection = None if chosen is None else TokenSelection(chosen, device=device())
-    teacher = serve_teacher(config, model=teacher_model, sources=sources, ranks=ranks)
+    teacher = serve_teacher(config, model=teacher_model, sources=sources, ranks=ranks, student=student)
     plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)
@@ -151,7 +151,8 @@ def build_distill_model(
     alignment: Alignment | None = None,
     selection: TokenSelection | None = None,
 ) -> DistillModel:
-    """The trainable module of an objective."""
+    """The trainable module of an objective. Errors: ConfigError for layers that cannot be supervised."""
+    check_deep_layers(objective.deep_layers, student=student)
     signal = objective.config.signal
     vocabulary = VocabularyPass(
         terms=objective.vocabulary,
@@ -160,7 +161,7 @@ def build_distill_model(
         selection=None if selection is None else selection.rule,
         compile=objective.config.compile,
     )
-    return DistillModel(student=student, vocabulary=vocabulary, alignment=alignment)
+    return DistillModel(student=student, vocabulary=vocabulary, alignment=alignment, deep_layers=objective.deep_layers)
 
 
 def _build_alignment(

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,6 +106,21 @@ def decoder_shape(
         width=hidden_width(decoder.model),
         attention=check_attention_shapes(shapes, key=side),
     )
+
+
+def check_deep_layers(layers: Sequence[int], *, student: Decoder) -> None:
+    """Errors: ConfigError for layers that the student does not have or that its final norm does not read."""
+    if not layers:
+        return
+    key = "objective.deep_supervision.layers"
+    check_layers(TapRequest(hidden=tuple(layers)), model=student.model, key=key)
+    if depth(student.model) - 1 in layers:
+        raise ConfigError(f"{key}: {depth(student.model) - 1} is the last layer, which is trained already; remove it.")
+    if student.final_norm is None:
+        raise ConfigError(
+            f"{key}: the final norm of a {student.model.config.model_type!r} model was not found; take "
+            "objective.deep_supervision out or choose another student."
+        )
 
 
 def _entries(objective: Objective) -> Iterator[tuple[str, FeatureConfig | AttentionConfig]]:

@@ -1,6 +1,8 @@
 """Everything trainable in one module, so that ZeRO-3's hooks see every use of every weight."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +20,20 @@ _NO_PLAN = AlignmentPlan()
 class DistillModel(nn.Module):
     """The student and the losses. Its forward gives a dict with the scalar `loss` and the terms' sums.
 
-    Terms are ordered as the objective's summands: those of the vocabulary pass, then the alignment.
+    Terms are ordered as the objective's summands: those of the vocabulary pass, then the alignment, then those of the
+    vocabulary pass for each of `deep_layers`, which are left out (their sums are 0) in evaluation mode.
     """
 
-    def __init__(self, *, student: Decoder, vocabulary: VocabularyPass, alignment: Alignment | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        student: Decoder,
+        vocabulary: VocabularyPass,
+        alignment: Alignment | None = None,
+        deep_layers: Sequence[int] = (),
+    ) -> None:
         super().__init__()
+        self.deep_layers = tuple(deep_layers)
         self.student = student
         self.vocabulary = vocabulary
         self.alignment = alignment
@@ -45,19 +56,72 @@ class DistillModel(nn.Module):
 
         A plan without pairs leaves the alignment out; its sums are then 0. With `term_gradients` also
         `alignment_squares`, which the backward pass fills with the squared norm of each alignment term's gradient with
-        respect to the student's captured activations.
+        respect to the student's captured activations, and `deep_squares` of the intermediate layers' terms.
         """
-        outputs = self.student(batch=batch, taps=plan.student)
-        spec, terms = self.student.head_spec, len(self.vocabulary.terms)
+        first_deep = len(scales) - len(self.vocabulary.terms) * len(self.deep_layers)
+        deep = self.deep_layers if self.training else ()
+        taps = replace(plan.student, hidden=tuple(sorted({*plan.student.hidden, *deep}))) if deep else plan.student
+        outputs = self.student(batch=batch, taps=taps)
+        options: dict[str, Any] = {
+            "batch": batch,
+            "signal": signal,
+            "temperature": temperature,
+            "term_gradients": term_gradients,
+        }
+        results = self._losses(outputs, scales=scales[:first_deep], plan=plan, limit=limit, measure=measure, **options)
+        if not self.deep_layers:
+            return results
+        found = [
+            self._deep_losses(outputs, layer=layer, scales=part, **options)
+            for layer, part in zip(deep, scales[first_deep:].split(len(self.vocabulary.terms)), strict=False)
+        ]
+        sums = [layer["sums"] for layer in found] or [results["sums"].new_zeros(len(scales) - first_deep)]
+        results["sums"] = torch.cat([results["sums"], *sums])
+        for layer in found:
+            results["loss"] = results["loss"] + layer["loss"]
+        if term_gradients and found:
+            results["deep_squares"] = torch.cat([layer["squares"] for layer in found])
+        return results
+
+    def _vocabulary(self, hidden_BSD: Tensor, *, signal: TeacherSignal | None, **options: Any) -> dict[str, Tensor]:
+        spec = self.student.head_spec
         results: dict[str, Tensor] = self.vocabulary(
-            outputs["last"],
+            hidden_BSD,
             self.student.head_weight,
             self.student.head_bias,
             head_scale=spec.scale,
             softcap=spec.softcap,
             vocab_size=spec.vocab_size,
-            batch=batch,
             signal=signal if isinstance(signal, HiddenSignal | TopKSignal | SampledSignal) else None,
+            **options,
+        )
+        return results
+
+    def _deep_losses(self, outputs: Mapping[str, Tensor], *, layer: int, **options: Any) -> dict[str, Tensor]:
+        """The vocabulary terms of an intermediate layer, read through the final norm and the head."""
+        norm = self.student.final_norm
+        assert norm is not None
+        return self._vocabulary(norm(outputs[f"hidden.{layer}"]), **options)
+
+    def _losses(
+        self,
+        outputs: Mapping[str, Tensor],
+        *,
+        batch: Batch,
+        signal: TeacherSignal | None,
+        scales: Tensor,
+        plan: AlignmentPlan,
+        temperature: Tensor | None,
+        limit: Tensor | None,
+        measure: bool,
+        term_gradients: bool,
+    ) -> dict[str, Tensor]:
+        """What the last layer and the alignment add."""
+        terms = len(self.vocabulary.terms)
+        results = self._vocabulary(
+            outputs["last"],
+            batch=batch,
+            signal=signal,
             scales=scales[:terms],
             temperature=temperature,
             limit=limit,

@@ -137,6 +137,23 @@ def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
     return Decoder(model=model)
 
 
+def build_average(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any], ranks: Ranks) -> Decoder:
+    """A second model like the student, with the weights that the student starts from."""
+    assert sources.student is not None
+    model = build_model(
+        sources.student_config,
+        ds_config=ds_config,
+        precision=config.train.precision,
+        attention=config.student.attention,
+        trust_remote_code=config.student.trust_remote_code,
+    )
+    if config.student.layers is not None:
+        load_layers(model, folder=sources.student.path, rank=ranks.rank, layers=config.student.layers)
+    else:
+        load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
+    return Decoder(model=model)
+
+
 def _find_teacher(teacher: TeacherConfig, *, student: ModelFolder | None, first: First) -> ModelFolder:
     """Where the teacher's configuration and tokenizer are, and for an online one its weights."""
     match teacher:

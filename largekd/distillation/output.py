@@ -14,19 +14,27 @@ from largekd.monitoring.memory import process_memory
 from largekd.monitoring.monitor import TENSORBOARD_FOLDER
 from largekd.monitoring.summary import SUMMARY_FILE, EvalFigures, RunSummary
 from largekd.runtime.ranks import Ranks, gather_objects
+from largekd.teachers.ema import EMATeacher
 
 EXPORT_FOLDER = "export"
 
 
 def export_student(parts: Parts, *, folder: Path) -> Path:
-    """Write the student as a plain Hugging Face folder, one gathered tensor at a time. A collective call."""
+    """Write the student, or the average of its weights, as a plain Hugging Face folder, one gathered tensor at a time.
+
+    A collective call.
+    """
     config, target = parts.config, folder / EXPORT_FOLDER
+    model = parts.student.model
+    if config.export.weights == "teacher_average":
+        assert isinstance(parts.teacher, EMATeacher)
+        model = parts.teacher.model
     dtype = DTYPES[config.export.dtype or config.train.precision]
 
     def extras(pending: Path) -> None:
         save_extras(
             pending,
-            model=parts.student.model,
+            model=model,
             dtype=dtype,
             tokenizer=parts.sources.tokenizer,
             source=parts.sources.tokenizer_folder,
@@ -34,7 +42,7 @@ def export_student(parts: Parts, *, folder: Path) -> Path:
 
     write_export(
         target,
-        tensors=stream_tensors(parts.student.model),
+        tensors=stream_tensors(model),
         max_shard_bytes=config.export.max_shard_bytes,
         save_extras=extras,
         ranks=parts.ranks,

@@ -37,6 +37,8 @@ PROVEN_FAMILIES = frozenset(
 )
 """Model types whose own logits a test compares with the head's formula."""
 
+_FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "final_norm", "ln_f")
+
 # Factors that some families put between hidden states and logits, and that the formula does not have.
 _UNKNOWN_FACTORS = ("lm_head_multiplier", "output_multiplier", "logits_mup_width_multiplier", "dim_model_base")
 
@@ -79,6 +81,13 @@ class Decoder(nn.Module):
     def head_parameters(self) -> list[nn.Parameter]:
         """What must be whole for the vocabulary pass."""
         return [p for p in (self.head_weight, self.head_bias) if p is not None]
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """What stands between the last layer and the head; None for a family that keeps it elsewhere."""
+        decoder = self.model.get_decoder()
+        found = [getattr(decoder, name) for name in _FINAL_NORMS if isinstance(getattr(decoder, name, None), nn.Module)]
+        return found[0] if len(found) == 1 else None
 
     def forward(self, *, batch: Batch, taps: TapRequest = _NO_TAPS) -> dict[str, Tensor]:
         """`last`: hidden states after the final norm, (B, S, D); and per tapped layer i, see `taps_of`:

@@ -33,6 +33,7 @@ METRICS: Mapping[str, str] = {
     "perf/student_s": "seconds per step for the student's forward and backward",
     "perf/optimizer_s": "seconds per step for the optimizer's update",
     "perf/data_s": "seconds per step spent waiting for data",
+    "teacher/decay": "share of the student's average that the next step keeps (`teacher.kind: ema`)",
     "memory/rss_bytes": "resident memory of a rank's process",
     "memory/peak_rss_bytes": "its largest value since the process started",
     "memory/anonymous_bytes": "resident memory without mapped files",

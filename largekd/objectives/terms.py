@@ -1,7 +1,7 @@
 """The terms of an objective: what the fused pass evaluates, and what the step weighs and divides."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from largekd.config.alignment import AttentionConfig, FeatureConfig
@@ -25,6 +25,7 @@ from largekd.config.divergence import (
     TotalVariationConfig,
 )
 from largekd.config.objective import ObjectiveConfig
+from largekd.config.objective_checks import DEEP_PREFIX
 from largekd.config.schedule import CurveConfig, extremes
 from largekd.contracts import SampledRequest, SignalRequest, TapRequest, TopKRequest
 from largekd.errors import ConfigError
@@ -56,7 +57,7 @@ class Summand:
     """One summand of the loss: its factor over the run, and what its sum is divided by (a name of COUNT_NAMES).
 
     `share` says what multiplies `weight`: 1 − α for the task, α·T² for distillation, α for likelihoods (which know no
-    temperature), 1 for alignment. `selective`: a selection of tokens applies.
+    temperature), 1 for alignment. `scale` multiplies it once more. `selective`: a selection of tokens applies.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Summand:
     weight: float | CurveConfig
     count: str
     selective: bool = False
+    scale: float | CurveConfig = 1.0
 
     @property
     def metric(self) -> str:
@@ -73,13 +75,15 @@ class Summand:
 
 @dataclass(frozen=True)
 class Objective:
-    """All terms with a weight: those of the vocabulary pass first, then features, then attention."""
+    """All terms with a weight: those of the vocabulary pass first, then features, then attention, then those of the
+    vocabulary pass for each of `deep_layers`."""
 
     config: ObjectiveConfig
     vocabulary: tuple[VocabularyTerm, ...]
     features: tuple[FeatureConfig, ...]
     attention: tuple[AttentionConfig, ...]
     summands: tuple[Summand, ...]
+    deep_layers: tuple[int, ...] = ()
 
     def alpha(self, *, step: int, max_steps: int) -> float:
         """The share of the divergences at a step (0 is the first)."""
@@ -95,7 +99,9 @@ class Objective:
         squared = self.temperature(step=step, max_steps=max_steps) ** 2
         shares = {"task": 1.0 - alpha, "distillation": alpha * squared, "likelihood": alpha, "alignment": 1.0}
         return tuple(
-            shares[summand.share] * value_at(summand.weight, step=step, max_steps=max_steps)
+            shares[summand.share]
+            * value_at(summand.weight, step=step, max_steps=max_steps)
+            * value_at(summand.scale, step=step, max_steps=max_steps)
             for summand in self.summands
         )
 
@@ -143,6 +149,7 @@ def build_objective(config: ObjectiveConfig, *, plugins: Mapping[str, PluginFunc
             summands.append(Summand(name, "likelihood", entry.weight, "spans"))
         else:
             summands.append(Summand(name, "distillation", entry.weight, "signal_tokens", selective=True))
+    deep, deep_layers = _deep_summands(config, summands=summands)
     features = tuple(entry for entry in config.features if extremes(entry.weight)[1] > 0.0)
     attention = tuple(entry for entry in config.attention if extremes(entry.weight)[1] > 0.0)
     for feature in features:
@@ -150,12 +157,29 @@ def build_objective(config: ObjectiveConfig, *, plugins: Mapping[str, PluginFunc
             Summand(feature.name, "alignment", feature.weight, "samples" if feature.loss == "cka" else "positions")
         )
     summands += [Summand(entry.name, "alignment", entry.weight, "positions") for entry in attention]
+    summands += deep
     if not summands:
         raise ConfigError(
             f"objective: alpha is {config.alpha} and no term has a positive weight, so that nothing is trained; "
             "lower objective.alpha or add an entry to objective.divergences"
         )
-    return Objective(config, tuple(vocabulary), features, attention, tuple(summands))
+    return Objective(config, tuple(vocabulary), features, attention, tuple(summands), deep_layers)
+
+
+def _deep_summands(config: ObjectiveConfig, *, summands: Sequence[Summand]) -> tuple[list[Summand], tuple[int, ...]]:
+    """The same vocabulary terms for each intermediate layer, and the layers in ascending order; none without weight.
+
+    A selection is made by the last layer's own figures, so that the others learn from all tokens.
+    """
+    deep = config.deep_supervision
+    if deep is None or extremes(deep.weight)[1] <= 0.0 or not summands:
+        return [], ()
+    layers = tuple(sorted(deep.layers))
+    return [
+        replace(summand, name=f"{DEEP_PREFIX}{layer}.{summand.name}", scale=deep.weight, selective=False)
+        for layer in layers
+        for summand in summands
+    ], layers
 
 
 def divergence_of(

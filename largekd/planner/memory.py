@@ -4,13 +4,15 @@ Letters in the formulas: P parameters, R ranks, b bytes of the compute dtype, L 
 width, I width of the MLP, V vocabulary, T tokens of a micro-batch on one rank.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from largekd.config.objective import ObjectiveConfig
 from largekd.config.placement import offload_device
 from largekd.config.placement_schema import PlacementConfig
 from largekd.config.run import RunConfig
+from largekd.config.schedule import extremes
 from largekd.planner.shapes import ModelShape
 
 Place = Literal["accelerator", "host", "nvme"]
@@ -39,13 +41,19 @@ class MemoryTerm:
 
 @dataclass(frozen=True)
 class Side:
-    """One model with its placement, as the arithmetic needs it."""
+    """One model with its placement (empty: its weights are not in this job); `name` tells several teachers apart."""
 
     role: Literal["teacher", "student"]
     shape: ModelShape
     placement: dict[str, Any]
     world_size: int
     dtype_bytes: int
+    name: str = ""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether its weights are in this job."""
+        return bool(self.placement)
 
     @property
     def zero(self) -> Any:
@@ -62,22 +70,29 @@ class Side:
 
     def term(self, name: str, place: Place, phase: Phase, count: int) -> MemoryTerm:
         """An entry of this model's."""
-        return MemoryTerm(self.role, name, place, phase, count)
+        return MemoryTerm(self.role, f"{self.name}: {name}" if self.name else name, place, phase, count)
 
 
-def memory_terms(config: RunConfig, *, teacher: Side, student: Side, accumulation: int) -> tuple[MemoryTerm, ...]:
-    """Every term of one rank's memory."""
+def memory_terms(
+    config: RunConfig, *, teachers: Sequence[Side], student: Side, accumulation: int
+) -> tuple[MemoryTerm, ...]:
+    """Every term of one rank's memory but what a teacher's kind, alignment and partial signals add."""
     tokens = config.train.micro_batch_size * config.train.sequence_length
     return tuple(
         term
         for term in (
             MemoryTerm("process", "interpreter and libraries", "host", "always", _PROCESS_BYTES),
-            *_weights(teacher),
-            *_teacher_forward(teacher, tokens=tokens, accumulation=accumulation),
+            *(
+                term
+                for teacher in teachers
+                if teacher.has_weights
+                for term in (*_weights(teacher), *_teacher_forward(teacher, tokens=tokens, accumulation=accumulation))
+            ),
             *_weights(student),
             *_optimizer(student, mixed=config.train.precision != "fp32"),
             *_student_pass(student, tokens=tokens, checkpointing=config.train.activation_checkpointing),
-            *_vocabulary(teacher=teacher, student=student, tokens=tokens, chunk=config.objective.chunk_tokens),
+            *_vocabulary(config.objective, teachers=teachers, student=student, tokens=tokens),
+            *_deep_supervision(config.objective, student=student, tokens=tokens),
         )
         if term.bytes
     )
@@ -171,16 +186,36 @@ def _student_pass(side: Side, *, tokens: int, checkpointing: bool) -> Iterator[M
     yield side.term(name, "accelerator", "student", tokens * (per_token + (4 + 2 * b) * shape.width))
 
 
-def _vocabulary(*, teacher: Side, student: Side, tokens: int, chunk: int) -> Iterator[MemoryTerm]:
+def _vocabulary(
+    objective: ObjectiveConfig, *, teachers: Sequence[Side], student: Side, tokens: int
+) -> Iterator[MemoryTerm]:
     b = student.dtype_bytes
-    if _is_gathered(teacher):
-        head = teacher.shape.vocab_size * teacher.shape.width
-        yield teacher.term("vocabulary head, gathered", "accelerator", "student", head * b)
+    for teacher in teachers:
+        if teacher.has_weights and _is_gathered(teacher):
+            head = teacher.shape.vocab_size * teacher.shape.width
+            yield teacher.term("vocabulary head, gathered", "accelerator", "student", head * b)
     width = student.shape.width
     yield student.term("vocabulary head's gradient", "accelerator", "student", student.shape.vocab_size * width * b)
-    columns = max(teacher.shape.vocab_size, student.shape.vocab_size)
-    yield student.term("two chunks of logits", "accelerator", "student", 2 * min(chunk, tokens) * columns * b)
+    columns = max(side.shape.vocab_size for side in (*teachers, student))
+    # One buffer for the student, and one for every teacher that is projected.
+    buffers = 1 + len(teachers)
+    name = "two chunks of logits" if buffers == 2 else f"{buffers} chunks of logits"
+    chunk = min(objective.chunk_tokens, tokens)
+    yield student.term(name, "accelerator", "student", buffers * chunk * columns * b)
     yield student.term("hidden states' gradient", "accelerator", "student", tokens * width * b)
+
+
+def _deep_supervision(objective: ObjectiveConfig, *, student: Side, tokens: int) -> Iterator[MemoryTerm]:
+    """Per layer what its vocabulary pass keeps until the backward pass: the gradient of the head, and that of the
+    normed hidden states, with what the norm keeps."""
+    deep = objective.deep_supervision
+    if deep is None or extremes(deep.weight)[1] <= 0:
+        return
+    b, layers, width = student.dtype_bytes, len(deep.layers), student.shape.width
+    head = layers * student.shape.vocab_size * width * b
+    yield student.term("head's gradients of supervised layers", "accelerator", "student", head)
+    hidden = layers * tokens * width * (4 + 3 * b)
+    yield student.term("hidden states of supervised layers", "accelerator", "student", hidden)
 
 
 def _is_gathered(side: Side) -> bool:

@@ -6,25 +6,28 @@ from dataclasses import dataclass
 from largekd.config.checks import check_world
 from largekd.config.placement import read_placements
 from largekd.config.run import RunConfig
-from largekd.config.teacher import OnlineTeacherConfig
+from largekd.config.teacher import EMATeacherConfig
 from largekd.errors import ConfigError
 from largekd.planner.alignment import alignment_terms, alignment_warnings
-from largekd.planner.errors import PlanUnavailableError
 from largekd.planner.locate import read_model_config
 from largekd.planner.memory import PLACES, MemoryTerm, Place, Side, memory_terms, peak_bytes
 from largekd.planner.shapes import ModelShape, read_shape
+from largekd.planner.teachers import find_teachers, kind_terms
 
 _BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of both models and one rank's memory; `accumulation` is micro-batches per optimizer step."""
+    """Sizes of the models and one rank's memory; `accumulation` is micro-batches per optimizer step.
+
+    teachers: (name, shape) of each.
+    """
 
     world_size: int
     accumulation: int
     tokens_per_step: int
-    teacher: ModelShape
+    teachers: tuple[tuple[str, ModelShape], ...]
     student: ModelShape
     terms: tuple[MemoryTerm, ...]
     warnings: tuple[str, ...] = ()
@@ -43,26 +46,35 @@ def plan(config: RunConfig, *, world_size: int) -> Plan:
     """
     accumulation = check_world(config, world_size=world_size)
     placements = read_placements(config)
-    if not isinstance(config.teacher, OnlineTeacherConfig) or placements.teacher is None:
-        raise PlanUnavailableError(f"there is none for teacher.kind {config.teacher.kind!r}")
-    teacher = read_shape(read_model_config(config.teacher.model, revision=config.teacher.revision))
-    student = _student_shape(config, teacher=teacher, teacher_model=config.teacher.model)
-    _check_positions(config, key="teacher.model", shape=teacher)
-    _check_positions(config, key="student.model", shape=student)
     dtype_bytes = _BYTES[config.train.precision]
-    teacher_side = Side("teacher", teacher, placements.teacher, world_size, dtype_bytes)
+    found = find_teachers(config, placements=placements, world_size=world_size, dtype_bytes=dtype_bytes)
+    # Only a single teacher can lend its layers.
+    student = _student_shape(config, teacher=found[0].side.shape, teacher_model=found[0].model)
+    for teacher in found:
+        key = "student.model" if isinstance(teacher.config, EMATeacherConfig) else f"{teacher.key}.model"
+        _check_positions(config, key=key, shape=teacher.side.shape)
+    _check_positions(config, key="student.model", shape=student)
     student_side = Side("student", student, placements.student, world_size, dtype_bytes)
-    _check_buffers(teacher_side, key="teacher.deepspeed")
+    for teacher in found:
+        if teacher.side.has_weights:
+            _check_buffers(teacher.side, key=f"{teacher.key}.deepspeed")
     _check_buffers(student_side, key="student.deepspeed")
-    sides = {"teacher": teacher_side, "student": student_side}
-    aligned = alignment_terms(config, **sides, accumulation=accumulation)
+    sides = [teacher.side for teacher in found]
+    tokens = config.train.micro_batch_size * config.train.sequence_length
+    aligned: tuple[MemoryTerm, ...] = ()
+    if len(sides) == 1:
+        aligned = alignment_terms(config, teacher=sides[0], student=student_side, accumulation=accumulation)
     return Plan(
         world_size=world_size,
         accumulation=accumulation,
         tokens_per_step=config.train.global_batch_size * config.train.sequence_length,
-        teacher=teacher,
+        teachers=tuple((teacher.name, teacher.side.shape) for teacher in found),
         student=student,
-        terms=(*memory_terms(config, **sides, accumulation=accumulation), *aligned),
+        terms=(
+            *memory_terms(config, teachers=sides, student=student_side, accumulation=accumulation),
+            *kind_terms(found, objective=config.objective, tokens=tokens, accumulation=accumulation),
+            *aligned,
+        ),
         warnings=alignment_warnings(aligned),
     )
 

@@ -33,7 +33,7 @@ def render_plan(made: Plan) -> str:
     lines = [
         f"plan: ranks {made.world_size}, micro-batches a step {made.accumulation}, "
         f"tokens a step {made.tokens_per_step:,}",
-        _model_line("teacher", made.teacher),
+        *(_model_line(name if name == "teacher" else f"teacher {name}", shape) for name, shape in made.teachers),
         _model_line("student", made.student),
         "",
         f"{'memory of one rank':<56}{'place':<13}{'when':<11}{'GB':>10}",
@@ -57,7 +57,7 @@ def plan_to_mapping(made: Plan) -> dict[str, Any]:
         "world_size": made.world_size,
         "accumulation": made.accumulation,
         "tokens_per_step": made.tokens_per_step,
-        "teacher": _shape_mapping(made.teacher),
+        "teachers": {name: _shape_mapping(shape) for name, shape in made.teachers},
         "student": _shape_mapping(made.student),
         "terms": [
             {"role": term.role, "name": term.name, "place": term.place, "phase": term.phase, "bytes": term.bytes}

@@ -74,7 +74,7 @@ def load_parameters(module: nn.Module, *, folder: Path, rank: int, source_name: 
                 )
             write_shard(parameters[key], value, rank=rank)
             used.update(candidates)
-        for name, buffer in _persistent_buffers(module):
+        for name, buffer in persistent_buffers(module):
             tensor_name = prefix(source_name(name))
             if tensor_name in files:
                 with torch.no_grad():
@@ -86,7 +86,7 @@ def load_parameters(module: nn.Module, *, folder: Path, rank: int, source_name: 
     )
 
 
-def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Buffers that belong to a checkpoint, such as a router's correction bias."""
     for path, owner in module.named_modules():
         for name, buffer in owner.named_buffers(recurse=False):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from largekd.contracts import Batch
+from largekd.contracts import Batch, TapRequest
 from largekd.errors import ConfigError
 from largekd.models.decoder import PROVEN_FAMILIES, Decoder, head_spec
 
@@ -71,3 +71,23 @@ def test_a_scaling_that_is_not_understood_is_refused():
     model.config.lm_head_multiplier = 0.5
     with pytest.raises(ConfigError, match="lm_head_multiplier"):
         head_spec(model)
+
+
+@pytest.mark.parametrize("family", sorted(PROVEN_FAMILIES))
+def test_the_final_norm_of_the_last_layer_gives_the_last_hidden_states(family):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SMALL, **EXTRA.get(family, {}))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if family == "gemma2" else "sdpa")
+    decoder = Decoder(model=model.eval())
+    ids = torch.randint(3, 67, (2, 12))
+    batch = Batch(
+        input_ids_BS=ids,
+        labels_BS=ids,
+        token_weight_BS=torch.ones(2, 12),
+        counted_T=torch.arange(24),
+        position_ids_BS=torch.arange(12).repeat(2, 1),
+    )
+    with torch.no_grad():
+        outputs = decoder(batch=batch, taps=TapRequest(hidden=(0, 1)))
+        assert torch.equal(decoder.final_norm(outputs["hidden.1"]), outputs["last"])
+        assert not torch.allclose(decoder.final_norm(outputs["hidden.0"]), outputs["last"])

@@ -65,13 +65,13 @@ def test_shards_shrink_with_ranks_and_state_follows_the_precision(teacher_folder
     assert size(one, role="student", name="float32 master") == 4 * count
     assert size(one, role="student", name="Adam moments") == 8 * count
     assert size(one, role="student", name="gradients, own shard") == 4 * count
-    assert size(four, role="teacher", name="weights, own shard") == 2 * one.teacher.parameter_count // 4
+    assert size(four, role="teacher", name="weights, own shard") == 2 * one.teachers[0][1].parameter_count // 4
     assert size(four, role="student", name="Adam moments") == 8 * count // 4
     assert (one.accumulation, four.accumulation) == (8, 2)
     assert not [term for term in one.terms if term.role == "teacher" and "Adam" in term.name]
     plain = plan(configured(teacher_folder, precision="fp32"), world_size=1)
     assert size(plain, role="student", name="float32 master") == 0
-    assert size(plain, role="teacher", name="weights, own shard") == 4 * one.teacher.parameter_count
+    assert size(plain, role="teacher", name="weights, own shard") == 4 * one.teachers[0][1].parameter_count
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_the_report_and_the_record_agree(teacher_folder: Path) -> None:
     made = plan(config, world_size=2)
     assert record["peak_bytes"] == made.peaks
     assert record["student"]["parameters"] == made.student.parameter_count
-    assert sum(record["teacher"]["by_part"].values()) == made.teacher.parameter_count
+    assert sum(record["teachers"]["teacher"]["by_part"].values()) == made.teachers[0][1].parameter_count
     text = render_plan(made)
     assert f"{made.peaks['accelerator'] / 1e9:.3f}" in text
     assert text.count("\n") >= len(made.terms)

@@ -1,0 +1,163 @@
+"""The plan of every kind of teacher: a 70B teacher and an 8B student of the Llama family."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from largekd.config.load import parse_config
+from largekd.planner.plan import Plan, plan
+from largekd.planner.report import plan_record, plan_text, render_plan
+
+SMALL: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128_256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
+LARGE = SMALL | {
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "intermediate_size": 28672,
+}
+RANKS, ROW, MICRO = 8, 4096, 2
+STEP_TOKENS = 64 // RANKS * ROW
+ONLINE = {"kind": "online", "model": "LARGE", "deepspeed": "ds_configs/teacher_zero3.json"}
+REMOTE = {"kind": "remote", "model": "LARGE", "servers": ["http://localhost:8000"]}
+EMA = {"kind": "ema", "deepspeed": "ds_configs/teacher_zero3.json"}
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    for name, config in (("large", LARGE), ("small", SMALL), ("cache/teacher", LARGE)):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tmp_path
+
+
+def tree_of(models: Path, *, teacher: dict[str, Any], **objective: Any) -> dict[str, Any]:
+    def located(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: located(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [located(inner) for inner in value]
+        return str(models / "large") if value == "LARGE" else value
+
+    return {
+        "run": {"dir": "runs/x"},
+        "teacher": located(teacher),
+        "student": {"model": str(models / "small"), "deepspeed": "ds_configs/zero3.json"},
+        "data": {"train": "t.jsonl"},
+        "train": {
+            "max_steps": 1,
+            "global_batch_size": 64,
+            "micro_batch_size": MICRO,
+            "sequence_length": ROW,
+            "precision": "bf16",
+            "activation_checkpointing": True,
+        },
+        "objective": objective,
+    }
+
+
+def planned(models: Path, *, teacher: dict[str, Any], **objective: Any) -> Plan:
+    return plan(parse_config(tree_of(models, teacher=teacher, **objective)), world_size=RANKS)
+
+
+def size(made: Plan, *, name: str, role: str = "teacher", phase: str | None = None) -> int:
+    found = [t.bytes for t in made.terms if t.role == role and name in t.name and phase in (None, t.phase)]
+    assert found, f"no term {name!r} of the {role}"
+    return sum(found)
+
+
+def names(made: Plan) -> set[str]:
+    return {term.name for term in made.terms if term.role == "teacher"}
+
+
+def test_ema_keeps_a_second_student_and_a_float32_remainder(models: Path) -> None:
+    made = planned(models, teacher=EMA)
+    assert made.teachers == (("teacher", made.student),)
+    shard = made.student.parameter_count // RANKS
+    assert size(made, name="weights, own shard") == 2 * shard
+    assert size(made, name="remainder of the average") == 4 * shard
+    assert size(made, name="hidden states of the whole step", phase="teacher") == STEP_TOKENS * 4096 * 2
+    assert size(made, name="update of one tensor", phase="update") == 3 * 4 * 128_256 * 4096 // RANKS
+    hosted = planned(models, teacher=EMA | {"deepspeed": "ds_configs/teacher_cpu.json"})
+    assert {t.place for t in hosted.terms if "average" in t.name} == {"host"}
+
+
+def test_ema_of_some_layers_has_as_many(models: Path) -> None:
+    tree = tree_of(models, teacher=EMA)
+    tree["student"]["layers"] = [0, 1, 2]
+    made = plan(parse_config(tree), world_size=RANKS)
+    assert [len(shape.layers) for _, shape in made.teachers] == [3] == [len(made.student.layers)]
+
+
+@pytest.mark.parametrize("teacher", ["cached", "cached_with_model", "remote"])
+def test_a_teacher_elsewhere_costs_its_signals_alone(models: Path, teacher: str) -> None:
+    given = {
+        "cached": {"kind": "cached", "path": str(models / "cache")},
+        "cached_with_model": {"kind": "cached", "path": str(models / "none"), "model": "LARGE"},
+        "remote": REMOTE,
+    }[teacher]
+    whole = planned(models, teacher=given)
+    assert whole.teachers[0][1].parameter_count > 70_000_000_000
+    assert size(whole, name="vocabulary head, whole") == 128_256 * 8192 * 2
+    assert size(whole, name="signals of the whole step") == STEP_TOKENS * 8192 * 2
+    assert size(whole, name="hidden states", phase="student") == MICRO * ROW * 8192 * 2
+    assert not any("weights" in name for name in names(whole))
+    few = planned(models, teacher=given, signal={"kind": "top_k", "k": 64})
+    assert names(few) == {"signals of the whole step", "signal of a few ids"}
+    assert size(few, name="signals of the whole step") == STEP_TOKENS * 64 * 12
+    assert size(few, name="signal of a few ids") == MICRO * ROW * 64 * 12
+    online = planned(models, teacher=ONLINE)
+    assert few.peaks["accelerator"] < whole.peaks["accelerator"] < online.peaks["accelerator"]
+
+
+def test_a_cache_that_is_not_here_gives_the_reason(models: Path) -> None:
+    config = parse_config(tree_of(models, teacher={"kind": "cached", "path": str(models / "none")}))
+    assert plan_text(config, world_size=RANKS).startswith("no plan: ")
+
+
+def test_a_mixture_has_a_side_and_a_buffer_for_each_member(models: Path) -> None:
+    local = ONLINE | {"model": str(models / "small")}
+    members = [
+        {"name": "big", "teacher": ONLINE},
+        {"name": "kin", "teacher": local},
+        {"name": "far", "teacher": REMOTE},
+    ]
+    made = planned(models, teacher={"kind": "mixture", "members": members})
+    assert [name for name, _ in made.teachers] == ["big", "kin", "far"]
+    alone = planned(models, teacher=ONLINE)
+    assert size(made, name="big: weights, own shard") == size(alone, name="weights, own shard")
+    assert size(made, name="kin: weights, own shard") == 2 * made.student.parameter_count // RANKS
+    assert not any(name.startswith("far: weights") for name in names(made))
+    chunk = 512 * 128_256 * 2
+    assert size(made, role="student", name="chunks of logits") == 4 * chunk
+    assert size(alone, role="student", name="chunks of logits") == 2 * chunk
+    text = render_plan(made)
+    assert "teacher kin: llama" in text and "teacher: far: signals of the whole step" in text
+
+
+def test_the_record_names_every_teacher(models: Path) -> None:
+    teacher = {"kind": "mixture", "members": [{"name": name, "teacher": ONLINE} for name in ("one", "two")]}
+    record = plan_record(parse_config(tree_of(models, teacher=teacher)), world_size=RANKS)
+    assert list(record["teachers"]) == ["one", "two"]
+    assert record["teachers"]["one"]["parameters"] == record["teachers"]["two"]["parameters"]
+
+
+def test_every_supervised_layer_keeps_a_gradient_of_the_head(models: Path) -> None:
+    plain = planned(models, teacher=EMA)
+    made = planned(models, teacher=EMA, deep_supervision={"layers": [7, 15, 23]})
+    assert size(made, role="student", name="head's gradients of supervised") == 3 * 128_256 * 4096 * 2
+    assert size(made, role="student", name="hidden states of supervised") == 3 * MICRO * ROW * 4096 * 10
+    assert made.peaks["accelerator"] > plain.peaks["accelerator"]
+    off = planned(models, teacher=EMA, deep_supervision={"layers": [7, 15, 23], "weight": 0.0})
+    assert off.peaks == plain.peaks
