@@ -114,7 +114,7 @@ def build(
     )
     chosen = config.objective.selection
     selection = None if chosen is None else TokenSelection(chosen, device=device())
-    teacher = serve_teacher(config, model=teacher_model, sources=sources, ranks=ranks)
+    teacher = serve_teacher(config, model=teacher_model, sources=sources, samples=data.samples, ranks=ranks)
     plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)

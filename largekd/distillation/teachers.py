@@ -6,7 +6,10 @@ from typing import Any
 
 from largekd.config.placement import Placements
 from largekd.config.run import RunConfig
-from largekd.config.teacher import OnlineTeacherConfig
+from largekd.config.teacher import CachedTeacherConfig, OnlineTeacherConfig
+from largekd.contracts import Origin
+from largekd.data.store import SampleStore
+from largekd.distillation.cache_binding import open_cached_teacher
 from largekd.distillation.models import Sources, build_teacher
 from largekd.engine.ds_config import frozen_ds_config
 from largekd.engine.frozen import FrozenEngine
@@ -45,7 +48,14 @@ def build_teacher_model(
     return TeacherModel(decoder=decoder, ds_config=ds_config)
 
 
-def serve_teacher(config: RunConfig, *, model: TeacherModel | None, sources: Sources, ranks: Ranks) -> Teacher:
+def serve_teacher(
+    config: RunConfig,
+    *,
+    model: TeacherModel | None,
+    sources: Sources,
+    samples: Mapping[Origin, SampleStore],
+    ranks: Ranks,
+) -> Teacher:
     """The teacher, ready for its first signals. A collective call. Errors: LargeKDError."""
     match config.teacher:
         case OnlineTeacherConfig() as online:
@@ -58,6 +68,8 @@ def serve_teacher(config: RunConfig, *, model: TeacherModel | None, sources: Sou
                 student_of_W=None if sources.student_of_teacher is None else sources.student_of_teacher.to(device()),
                 rank=ranks.rank,
             )
+        case CachedTeacherConfig() as cached:
+            return open_cached_teacher(cached, config=config, sources=sources, samples=samples, ranks=ranks)
     raise ConfigError(f"teacher.kind = {config.teacher.kind!r}: cannot be built.")
 
 
