@@ -10,6 +10,7 @@ damaged, 2: there is no whole cache.
 import argparse
 import importlib.util
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -126,7 +127,7 @@ def show_figures(manifest: "Manifest", *, folder: Path, shards: int) -> None:
 def histogram(entropy_T: "Tensor") -> None:
     """Entropies in nats as bars."""
     sys.stdout.write(f"entropy     mean {entropy_T.mean():.3f} nats\n")
-    for low, high in zip(EDGES, EDGES[1:], strict=False):
+    for low, high in pairwise(EDGES):
         share = float(((entropy_T >= low) & (entropy_T < high)).float().mean())
         sys.stdout.write(f"  {low:4.1f} … {high:<4.1f} {share:6.1%} {'#' * round(BAR * share)}\n")
 

@@ -26,7 +26,7 @@ from cache_peers import DeflateCodec, PolynomialCodec
 from torch import Tensor
 
 from largekd.config.cache import SampledCodecConfig, TopKCodecConfig
-from largekd.contracts import Batch, Segment, SignalRequest, TopKRequest
+from largekd.contracts import Batch, Segment, SignalRequest, TopKRequest, TopKSignal
 from largekd.teachers.cache_codec import SampledCodec, TopKCodec
 from largekd.teachers.cache_format import (
     FORMAT,
@@ -224,7 +224,7 @@ def reading_table(*, rounds: int, vocab: int = 151_936) -> dict[str, Any]:
 
         def own() -> int:
             with teacher.signals(batches, request=request) as signals:
-                return sum(len(signal.ids_TK) for signal in signals)
+                return sum(len(signal.ids_TK) for signal in signals if isinstance(signal, TopKSignal))
 
         speeds: dict[str, list[float]] = {}
         ways = {
