@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
@@ -51,6 +52,7 @@ def identity_of(
     sources: Sources,
     samples: Mapping[Origin, SampleStore],
     ranks: Ranks,
+    group: dist.ProcessGroup | None = None,
 ) -> Identity:
     """Everything that decides the bytes of the cache that this configuration asks for. A collective call."""
     folder = sources.teacher
@@ -59,7 +61,7 @@ def identity_of(
         codec=cache.codec,
         teacher=TeacherIdentity(
             model=teacher.model,
-            weights=weights_hash(folder, ranks=ranks),
+            weights=weights_hash(folder, ranks=ranks, group=group),
             config=file_hash(folder.path / "config.json"),
             tokenizer=tokenizer_fingerprint(sources.teacher_tokenizer),
             vocab_size=folder.config.vocab_size,
@@ -82,15 +84,30 @@ def identity_of(
     )
 
 
-def weights_hash(folder: ModelFolder, *, ranks: Ranks) -> str:
+def weights_hash(folder: ModelFolder, *, ranks: Ranks, group: dist.ProcessGroup | None = None) -> str:
     """SHA-256 over names and hashes of a model's safetensors files, which the ranks share out. A collective call."""
     own: dict[str, str] = {}
-    with Together():
+    with Together(group=group):
         files = sorted(set(tensor_files(folder.path).values()))
         logger.info("hashing %d weight files of %s", len(files), folder.path)
         own = {path.name: file_hash(path) for path in files[ranks.rank :: ranks.world_size]}
-    found = {name: digest for part in gather_objects(own) for name, digest in part.items()}
+    found = {name: digest for part in gather_objects(own, group=group) for name, digest in part.items()}
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
+
+
+def check_teacher_data(config: RunConfig, *, sources: Sources, samples: Mapping[Origin, SampleStore]) -> None:
+    """Refuse a cache that was made of something else, or holds less than the objective reads; a collective call.
+
+    It comes before any weight is loaded; what it lets pass is only opened later.
+    Errors: TeacherError or DataError naming what differs.
+    """
+    if not isinstance(config.teacher, CachedTeacherConfig):
+        return
+    folder = Path(config.teacher.path).expanduser()
+    with Together():
+        manifest = read_manifest(folder)
+        check_binding(manifest, folder=folder, config=config, sources=sources, samples=samples)
+        check_objective_fits(config, codec=_codec_of(manifest))
 
 
 def open_cached_teacher(
@@ -98,17 +115,15 @@ def open_cached_teacher(
     *,
     config: RunConfig,
     sources: Sources,
-    samples: Mapping[Origin, SampleStore],
     ranks: Ranks,
 ) -> CachedTeacher:
-    """The cached teacher of this run, once it is certain that the cache was made of its teacher, tokenizer and data.
+    """The cached teacher of a run that `check_teacher_data` has passed. A collective call.
 
-    A collective call. Errors: TeacherError or DataError naming what differs.
+    Errors: TeacherError when `teacher.model` is not the model that was cached, or the cache's head is damaged.
     """
     folder = Path(teacher.path).expanduser()
     with Together():
         manifest = read_manifest(folder)
-        check_binding(manifest, folder=folder, config=config, sources=sources, samples=samples)
     if teacher.model is not None:
         found = weights_hash(sources.teacher, ranks=ranks)
         if found != manifest.identity.teacher.weights:
@@ -117,21 +132,23 @@ def open_cached_teacher(
                 f"{folder}, {manifest.identity.teacher.model!r} ({manifest.identity.teacher.weights[:12]}…); choose "
                 "that model, or another teacher.path."
             )
-    identity = manifest.identity.teacher
-    codec = build_codec(
-        manifest.identity.codec, vocab_size=identity.vocab_size, width=identity.width, dtype=DTYPES[identity.precision]
-    )
     with Together():
-        check_objective_fits(config, codec=codec)
         head = _read_head(folder, manifest=manifest)
     signal = config.objective.signal
     return CachedTeacher(
         reader=CacheReader(folder, manifest=manifest, pin=not on_cpu()),
-        codec=codec,
+        codec=_codec_of(manifest),
         head=head,
         shared_ids=sources.shared_vocab_size,
         reads_tail=not (isinstance(signal, TopKSignalConfig) and signal.tail == "renormalise"),
         rank=ranks.rank,
+    )
+
+
+def _codec_of(manifest: Manifest) -> AnyCodec:
+    teacher = manifest.identity.teacher
+    return build_codec(
+        manifest.identity.codec, vocab_size=teacher.vocab_size, width=teacher.width, dtype=DTYPES[teacher.precision]
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
@@ -136,11 +137,13 @@ def _run(
     placements = read_placements(config)
     sources = find_sources(config, first=first)
     data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first)
-    identity = identity_of(config, cache=cache, teacher=teacher, sources=sources, samples=data.samples, ranks=ranks)
+    identity = identity_of(
+        config, cache=cache, teacher=teacher, sources=sources, samples=data.samples, ranks=ranks, group=control
+    )
     with Together(group=control):
         if ranks.is_main:
             _prepare(folder, identity=identity, teacher=sources.teacher.path)
-    shards = _verified(folder, identity=identity, ranks=ranks)
+    shards = _verified(folder, identity=identity, ranks=ranks, group=control)
     model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
     assert model is not None
     with ExitStack() as stack:
@@ -201,7 +204,9 @@ def _copy_teacher(source: Path, *, target: Path) -> None:
             fsync_path(target / path.name)
 
 
-def _verified(folder: Path, *, identity: Identity, ranks: Ranks) -> dict[Origin, dict[int, ShardRecord]]:
+def _verified(
+    folder: Path, *, identity: Identity, ranks: Ranks, group: dist.ProcessGroup | None
+) -> dict[Origin, dict[int, ShardRecord]]:
     """What an earlier start left whole, by number; the ranks share the checksums out. A collective call."""
     whole: dict[Origin, dict[int, ShardRecord]] = {}
     for origin, data in identity.data.items():
@@ -213,7 +218,7 @@ def _verified(folder: Path, *, identity: Identity, ranks: Ranks) -> dict[Origin,
                 own[number] = record.model_dump(mode="json")
         whole[origin] = {
             int(number): ShardRecord.model_validate(record)
-            for part in gather_objects(own)
+            for part in gather_objects(own, group=group)
             for number, record in part.items()
         }
         if ranks.is_main:

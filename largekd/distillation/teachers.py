@@ -7,8 +7,6 @@ from typing import Any
 from largekd.config.placement import Placements
 from largekd.config.run import RunConfig
 from largekd.config.teacher import CachedTeacherConfig, OnlineTeacherConfig
-from largekd.contracts import Origin
-from largekd.data.store import SampleStore
 from largekd.distillation.cache_binding import open_cached_teacher
 from largekd.distillation.models import Sources, build_teacher
 from largekd.engine.ds_config import frozen_ds_config
@@ -48,14 +46,7 @@ def build_teacher_model(
     return TeacherModel(decoder=decoder, ds_config=ds_config)
 
 
-def serve_teacher(
-    config: RunConfig,
-    *,
-    model: TeacherModel | None,
-    sources: Sources,
-    samples: Mapping[Origin, SampleStore],
-    ranks: Ranks,
-) -> Teacher:
+def serve_teacher(config: RunConfig, *, model: TeacherModel | None, sources: Sources, ranks: Ranks) -> Teacher:
     """The teacher, ready for its first signals. A collective call. Errors: LargeKDError."""
     match config.teacher:
         case OnlineTeacherConfig() as online:
@@ -69,7 +60,7 @@ def serve_teacher(
                 rank=ranks.rank,
             )
         case CachedTeacherConfig() as cached:
-            return open_cached_teacher(cached, config=config, sources=sources, samples=samples, ranks=ranks)
+            return open_cached_teacher(cached, config=config, sources=sources, ranks=ranks)
     raise ConfigError(f"teacher.kind = {config.teacher.kind!r}: cannot be built.")
 
 

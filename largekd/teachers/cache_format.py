@@ -28,7 +28,7 @@ from torch import Tensor
 from largekd.config.cache import CodecConfig
 from largekd.config.common import Frozen
 from largekd.contracts import Origin, Segment
-from largekd.errors import TeacherError
+from largekd.errors import ConfigError, TeacherError
 from largekd.runtime.faults import fault_point
 from largekd.runtime.files import fsync_path, read_json, temporary_sibling, write_json
 
@@ -145,7 +145,10 @@ def shard_path(folder: Path, *, origin: Origin, number: int) -> Path:
 def write_shard(
     path: Path, *, tensors: Mapping[str, Tensor], offsets: NDArray[np.int64], rank: int, number: int
 ) -> ShardRecord:
-    """Write a shard and then its record; a reader finds both or takes the shard for missing."""
+    """Write a shard and then its record; a reader finds both or takes the shard for missing.
+
+    Errors: ConfigError when the disk does not take it.
+    """
     record_path = path.with_suffix(".json")
     record_path.unlink(missing_ok=True)
     temporary = temporary_sibling(path, label=path.name)
@@ -155,9 +158,11 @@ def write_shard(
         fault_point("cache:before_shard", rank=rank, step=number)
         record = ShardRecord(sha256=file_hash(temporary), samples=len(offsets) - 1, tokens=int(offsets[-1]))
         os.replace(temporary, path)
-    except OSError:
+    except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
-        raise
+        raise ConfigError(
+            f"cache.path: {path} cannot be written ({error}); make room, and start the same command again."
+        ) from error
     fsync_path(path.parent)
     fault_point("cache:after_shard", rank=rank, step=number)
     write_json(record_path, value=record.model_dump(mode="json"))

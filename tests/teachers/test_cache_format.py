@@ -9,7 +9,7 @@ import torch
 
 from largekd.config.cache import TopKCodecConfig
 from largekd.contracts import Segment
-from largekd.errors import TeacherError
+from largekd.errors import ConfigError, TeacherError
 from largekd.teachers.cache_format import (
     FORMAT,
     MANIFEST_FILE,
@@ -135,3 +135,10 @@ def test_a_manifest_is_not_edited(tmp_path):
     path.unlink()
     with pytest.raises(TeacherError, match=r"no manifest\.json"):
         read_manifest(tmp_path)
+
+
+def test_a_full_disk_is_the_users_to_mend_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("LARGEKD_TEST_FAULT", "cache:before_shard:rank0:step0:enospc")
+    with pytest.raises(ConfigError, match=r"cache\.path: .*cannot be written"):
+        make_cache(tmp_path)
+    assert list((tmp_path / "train").iterdir()) == []
