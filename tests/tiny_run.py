@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,19 @@ def settings(assets: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
         "checkpoint": {"every_steps": 0},
         "log": {"progress": False, "health_every_steps": 1},
     }
+    return changed(tree, **changes)
+
+
+def changed(tree: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """A copy of a nested mapping with other values at dotted keys (`__` for the dots)."""
+    copy: dict[str, Any] = deepcopy(dict(tree))
     for key, value in changes.items():
         *parents, last = key.split("__")
-        place = tree
+        place = copy
         for parent in parents:
             place = place.setdefault(parent, {})
         place[last] = value
-    return tree
+    return copy
 
 
 def distil(*, tree: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -129,3 +136,19 @@ def free_port() -> int:
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def cache(*, tree: Mapping[str, Any]) -> str | None:
+    """For a rank pool: the whole caching job in this process; the cache's digest."""
+    from largekd.config.load import parse_config
+    from largekd.distillation.caching import cache_teacher
+
+    return cache_teacher(parse_config(tree))
+
+
+def from_cache(tree: Mapping[str, Any], *, model: bool = True, **changes: Any) -> dict[str, Any]:
+    """`tree` with the teacher that `tree["cache"]` holds; `changes` as in `settings`."""
+    teacher = {"kind": "cached", "path": tree["cache"]["path"]}
+    if model:
+        teacher["model"] = tree["teacher"]["model"]
+    return changed({**tree, "teacher": teacher}, **changes)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from largekd.config.objective_checks import check_objective
 from largekd.config.run import RunConfig
-from largekd.config.teacher import EMATeacherConfig
+from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig
 from largekd.errors import ConfigError
 
 
@@ -42,6 +42,9 @@ def _student(config: RunConfig) -> Iterator[str]:
     student, averaged = config.student, isinstance(config.teacher, EMATeacherConfig)
     if student.model is None and student.config is None and student.teacher_layers is None and not averaged:
         yield "student.model: set it, or student.config, or student.teacher_layers, otherwise there is no student"
+    teacher = config.teacher
+    if isinstance(teacher, CachedTeacherConfig) and teacher.model is None and student.teacher_layers is not None:
+        yield "student.teacher_layers: a cache has no layers; set teacher.model to the teacher that was cached"
     if student.layers is not None and student.model is None:
         yield "student.layers: it names layers of student.model; set that, or student.teacher_layers"
     for key, layers in (("student.teacher_layers", student.teacher_layers), ("student.layers", student.layers)):

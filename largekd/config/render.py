@@ -16,6 +16,7 @@ MAY_DIFFER = (
     "checkpoint",
     "eval",
     "export",
+    "cache",
     "train.collective_timeout_s",
     "data.num_proc",
     "teacher.gather_head",

@@ -2,6 +2,7 @@
 
 from pydantic import Field
 
+from largekd.config.cache import CacheConfig
 from largekd.config.common import Frozen
 from largekd.config.data import DataConfig, EvalConfig
 from largekd.config.model import StudentConfig
@@ -17,6 +18,7 @@ class RunConfig(Frozen):
     run: RunFolderConfig
     teacher: TeacherConfig = Field(description="Source of the signals that the student learns from.")
     student: StudentConfig
+    cache: CacheConfig | None = Field(None, description="What launch/cache_teacher.py stores; training ignores it.")
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig = Field(default_factory=OptimConfig)

@@ -87,6 +87,19 @@ class SampleStore:
             total.update(np.ascontiguousarray(column).tobytes())
         return total.hexdigest()
 
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """SHA-256 over every sample's length, ids and mask, in order: weights and other columns left out."""
+        total = hashlib.sha256(np.ascontiguousarray(self.lengths).tobytes())
+        if self._teacher_ids is None and self._token_weights is None:
+            total.update(np.ascontiguousarray(self._digests).tobytes())
+            return total.hexdigest()
+        # Digests cover the other columns too, so that they are made again as they would be without them.
+        for row in self._rows.tolist():
+            contents = self._ids[row].tobytes() + b"|" + self._masks[row].tobytes()
+            total.update(hashlib.blake2b(contents, digest_size=8).digest())
+        return total.hexdigest()
+
     def check_fits(self, *, sequence_length: int) -> None:
         """Raises DataError if a sample has more positions than a row."""
         longest = int(self.lengths.max())

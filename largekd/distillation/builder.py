@@ -15,6 +15,7 @@ from largekd.config.placement import offload_device, read_placements
 from largekd.config.run import RunConfig
 from largekd.contracts import Batch
 from largekd.data.loader import RowLoader
+from largekd.distillation.cache_binding import check_teacher_data
 from largekd.distillation.data import build_data
 from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
@@ -88,6 +89,7 @@ def build(
 
     sources = find_sources(config, first=first)
     data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first)
+    check_teacher_data(config, sources=sources, samples=data.samples)
 
     trained = train_ds_config(
         placements.student,

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from largekd.config.run import RunConfig
-from largekd.config.teacher import OnlineTeacherConfig, RemoteTeacherConfig, TeacherConfig
+from largekd.config.teacher import CachedTeacherConfig, OnlineTeacherConfig, RemoteTeacherConfig, TeacherConfig
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
 from largekd.errors import ConfigError
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
 from largekd.models.decoder import Decoder, enable_checkpointing
 from largekd.models.source import ModelFolder, find_model, read_config
 from largekd.runtime.ranks import Ranks
+from largekd.teachers.cache_format import TEACHER_FOLDER, read_manifest
 
 First = Callable[[], AbstractContextManager[None]]
 
@@ -159,6 +160,12 @@ def _find_teacher(teacher: TeacherConfig, *, student: ModelFolder | None, first:
     match teacher:
         case OnlineTeacherConfig() | RemoteTeacherConfig():
             return _find(teacher.model, config=teacher, key="teacher.model", first=first)
+        case CachedTeacherConfig(model=str() as model):
+            return _find(model, config=teacher, key="teacher.model", first=first)
+        case CachedTeacherConfig():
+            folder = Path(teacher.path).expanduser()
+            read_manifest(folder)
+            return _find(str(folder / TEACHER_FOLDER), config=teacher, key="teacher.path", first=first)
     assert student is not None
     return student
 

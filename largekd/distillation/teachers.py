@@ -6,7 +6,8 @@ from typing import Any
 
 from largekd.config.placement import Placements
 from largekd.config.run import RunConfig
-from largekd.config.teacher import EMATeacherConfig, OnlineTeacherConfig
+from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig, OnlineTeacherConfig
+from largekd.distillation.cache_binding import open_cached_teacher
 from largekd.distillation.models import Sources, build_average, build_teacher
 from largekd.engine.ds_config import frozen_ds_config
 from largekd.engine.frozen import FrozenEngine
@@ -68,6 +69,8 @@ def serve_teacher(
                 model=model.decoder.model,
                 ranks=ranks,
             )
+        case CachedTeacherConfig() as cached:
+            return open_cached_teacher(cached, config=config, sources=sources, ranks=ranks)
     raise ConfigError(f"teacher.kind = {config.teacher.kind!r}: cannot be built.")
 
 

@@ -3,7 +3,8 @@
 `LARGEKD_TEST_FAULT` holds comma-separated specifications `area:point:rank<R|*>:step<N|N-M|*>[:action]`, for example
 `save:after_shard:rank1:step4:sigkill`. Unset, as in every real run, nothing ever fires.
 
-Points: `save:{before_shard,mid_shard,after_shard,before_manifest,before_rename,before_marker,after_commit}`.
+Points: `save:{before_shard,mid_shard,after_shard,before_manifest,before_rename,before_marker,after_commit}`,
+`cache:{before_shard,after_shard}` (the step is the shard's number), `cache:before_manifest` (step 0).
 Actions: `sigkill`, `sigterm`, `sigstop` (to itself), `enospc` (raises), `sleep<seconds>`; none: only return True.
 """
 

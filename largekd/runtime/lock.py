@@ -18,14 +18,14 @@ _OWNER = ".lock-owner.json"
 
 
 @contextmanager
-def run_lock(folder: Path, *, ranks: Ranks) -> Iterator[None]:
-    """Hold the run folder; the lock is the kernel's and ends with the process, however it ends.
+def run_lock(folder: Path, *, ranks: Ranks, key: str = "run.dir") -> Iterator[None]:
+    """Hold the folder that `key` names; the lock is the kernel's and ends with the process, however it ends.
 
     Rank 0 holds it, every rank raises when it cannot. Raises ConfigError that names the holder's host and pid, or the
     missing permission.
     """
     lock = filelock.FileLock(folder / _LOCK)
-    error = _acquire(lock, folder=folder) if ranks.is_main else None
+    error = _acquire(lock, folder=folder, key=key) if ranks.is_main else None
     raise_together(error)
     try:
         yield
@@ -34,7 +34,7 @@ def run_lock(folder: Path, *, ranks: Ranks) -> Iterator[None]:
             lock.release()
 
 
-def _acquire(lock: filelock.BaseFileLock, *, folder: Path) -> ConfigError | None:
+def _acquire(lock: filelock.BaseFileLock, *, folder: Path, key: str) -> ConfigError | None:
     """Take the lock and sign it; the error instead of raising it, so that all ranks can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -42,10 +42,10 @@ def _acquire(lock: filelock.BaseFileLock, *, folder: Path) -> ConfigError | None
         write_json(folder / _OWNER, value={"host": socket.gethostname(), "pid": os.getpid()})
     except filelock.Timeout:
         return ConfigError(
-            f"run.dir={folder}: another run ({_owner(folder)}) is using this folder; stop it or choose another run.dir"
+            f"{key}={folder}: another run ({_owner(folder)}) is using this folder; stop it or choose another {key}"
         )
     except OSError as error:
-        return ConfigError(f"run.dir={folder}: cannot be created or written ({error}); choose another run.dir")
+        return ConfigError(f"{key}={folder}: cannot be created or written ({error}); choose another {key}")
     return None
 
 

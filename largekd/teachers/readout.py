@@ -58,6 +58,10 @@ class Readout:
         parts = [logp_CW.gather(-1, labels_Q[span, None]).squeeze(-1) for span, logp_CW in self._chunks(rows_Q)]
         return torch.cat(parts)
 
+    def log_probabilities(self, rows_T: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(place, (C, W) float32) of a few rows at a time, at least once; the caller may overwrite what it is given."""
+        return self._chunks(rows_T)
+
     def _chunks(self, rows_T: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Log-probabilities in float32 of a few rows at a time; at least one, maybe empty, chunk."""
         head, weight_WE = self.head, self.head.weight_VD[: self.vocab_size]

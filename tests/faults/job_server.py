@@ -2,7 +2,8 @@
 
 Reads one JSON object per line: {"argv": [...], "environment": {...}, "output": path} -> {"pid": number}, and
 {"wait": pid, "timeout_s": number} -> {"status": exit status, negative for a signal, null while it runs}.
-A rank is `launch/train.py` with that command line; its stdout and stderr go to the file.
+A rank is `launch/train.py`, or the launcher that TEST_LAUNCHER names, with that command line; its stdout and stderr go
+to the file.
 TEST_FILE_LIMIT_BYTES in its environment is the largest file it can write. Ranks die with the server.
 """
 
@@ -20,6 +21,7 @@ from typing import Any
 
 TRAIN = Path(__file__).resolve().parents[2] / "launch/train.py"
 LIMIT = "TEST_FILE_LIMIT_BYTES"
+LAUNCHER = "TEST_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
 _PRELOADED = (
     "deepspeed",
@@ -51,12 +53,14 @@ def start(*, argv: list[str], environment: dict[str, str], output: str) -> int:
     os.dup2(target, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
-    sys.argv = [str(TRAIN), *argv]
+    launcher = environment.get(LAUNCHER, "train")
+    sys.argv = [str(TRAIN.with_name(f"{launcher}.py")), *argv]
     import cli
-    import train
+
+    launched = importlib.import_module(launcher)
 
     # As at the end of a script: threads are waited for and exit handlers run.
-    sys.exit(cli.exit_status(lambda: train.main(argv)))
+    sys.exit(cli.exit_status(lambda: launched.main(argv)))
 
 
 def wait(*, pid: int, timeout_s: float) -> int | None:
