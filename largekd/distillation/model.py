@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from largekd.contracts import Batch, HiddenSignal, SampledSignal, TeacherSignal, TopKSignal
+from largekd.contracts import Batch, HiddenSignal, MixtureSignal, SampledSignal, TeacherSignal, TopKSignal
 from largekd.models.decoder import Decoder
 from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.vocabulary import VocabularyPass
@@ -57,7 +57,7 @@ class DistillModel(nn.Module):
             softcap=spec.softcap,
             vocab_size=spec.vocab_size,
             batch=batch,
-            signal=signal if isinstance(signal, HiddenSignal | TopKSignal | SampledSignal) else None,
+            signal=signal if isinstance(signal, HiddenSignal | TopKSignal | SampledSignal | MixtureSignal) else None,
             scales=scales[:terms],
             temperature=temperature,
             limit=limit,
