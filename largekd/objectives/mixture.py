@@ -80,7 +80,7 @@ class Mixture:
             members_RV = self.plain_RV
         else:
             members_RV = tuple(log_probabilities(member_RV * inverse_temperature) for member_RV in self.logits_RV)
-        assert members_RV, "the mixture at temperature 1 was not announced"
+        assert len(members_RV) == len(self.logits_RV), "the mixture at temperature 1 was not announced"
         total_RV = members_RV[0] + self.log_weight_RM[:, :1]
         for place, member_RV in enumerate(members_RV[1:], start=1):
             total_RV = torch.logaddexp(total_RV, member_RV + self.log_weight_RM[:, place, None])
