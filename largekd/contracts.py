@@ -33,6 +33,10 @@ HEALTH_NAMES = (
 TEACHER_HEALTH_NAMES = HEALTH_NAMES[5:]
 """The figures that need a teacher, summed over the tokens whose weights make up `signal_weight`."""
 
+MIXTURE_NAMES = ("weight", "responsibility", "kl_t1", "teacher_ce")
+"""Figures of each member of a mixture at temperature 1, sums over tokens times the token's weight; the first two add up
+to the tokens' weight over the members (responsibility: of the tokens whose label is a shared id)."""
+
 
 class Segment(NamedTuple):
     """One sample's place in a row: it fills positions [offset, offset + length)."""
@@ -52,7 +56,8 @@ class Batch:
     `counted_T` are the flat positions (b * S + s) whose label counts and whose weight is positive: it is made with
     the batch so that the loss needs no device synchronisation.
     `segment_BS` numbers the samples of a row from 1; 0 is fill. `translation` is there when the teacher has another
-    tokenizer. `origin` says which data set the samples' ids belong to.
+    tokenizer. `origin` says which data set the samples' ids belong to. `teacher_BS`: where records name one of several
+    teachers, its place among them, −1 where they name none.
     """
 
     input_ids_BS: Tensor
@@ -65,6 +70,7 @@ class Batch:
     segment_BS: Tensor | None = None
     translation: "Translation | None" = None
     origin: Origin = "train"
+    teacher_BS: Tensor | None = None
 
     def to(self, *, device: torch.device) -> "Batch":
         """This batch with its tensors on `device`; the copies are asynchronous where memory is pinned."""
@@ -308,13 +314,32 @@ class SampledSignal:
 
 
 @dataclass(frozen=True)
+class MixtureSignal:
+    """p(v) = Σ_m w_m · p_m(v) over the ids that the student and all members have, at any temperature a mixture of the
+    members' distributions at that temperature. The members have the student's tokenizer and a signal everywhere.
+
+    log_weight_M: float32 logarithms of the weights, which add up to 1; −inf: no part. confidence_scale: weights are
+    multiplied with exp(−entropy of p_m at temperature 1 / scale), token by token, and normalised; None: they are not.
+    route_T: for each counted token the one member that it learns from, −1: the weights decide; None: everywhere.
+    learned: each member's share in the labels' likelihood is wanted.
+    """
+
+    members: tuple[HiddenSignal, ...]
+    log_weight_M: Tensor
+    confidence_scale: float | None = None
+    route_T: Tensor | None = None
+    learned: bool = False
+    taps: Taps = Taps()
+
+
+@dataclass(frozen=True)
 class TapSignal:
     """Captured activations alone."""
 
     taps: Taps
 
 
-Distribution = HiddenSignal | TopKSignal | SampledSignal
+Distribution = HiddenSignal | TopKSignal | SampledSignal | MixtureSignal
 TeacherSignal = Distribution | TapSignal
 
 

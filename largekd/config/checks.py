@@ -7,12 +7,21 @@ from collections.abc import Iterator
 from largekd.config.objective_checks import check_objective
 from largekd.config.run import RunConfig
 from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig
+from largekd.config.teacher_checks import check_mixture
 from largekd.errors import ConfigError
 
 
 def check_config(config: RunConfig) -> list[str]:
     """The rules that the values break together, one line each; empty when the run can be built."""
-    return [*_train(config), *_student(config), *_average(config), *_objective(config), *_optim(config), *_data(config)]
+    return [
+        *_train(config),
+        *check_mixture(config),
+        *_student(config),
+        *_average(config),
+        *_objective(config),
+        *_optim(config),
+        *_data(config),
+    ]
 
 
 def check_world(config: RunConfig, *, world_size: int) -> int:

@@ -25,7 +25,8 @@ def collate(
     Packed: every row has `sequence_length` positions, `position_ids_BS` restart in every segment and in the tail, and
     there is no mask. Padded: rows are as wide as the longest, rounded up to a multiple of 8, and `attention_mask_BS`
     marks real positions; a filler row's mask is all ones, because attention over nothing is not a number.
-    Samples that hold the teacher's tokens give a batch with a `translation`.
+    Samples that hold the teacher's tokens give a batch with a `translation`, those that may name one of several
+    teachers one with `teacher_BS`.
     """
     width = sequence_length if packing else _padded_width(rows, sequence_length=sequence_length)
     shape = (len(rows), width)
@@ -35,6 +36,7 @@ def collate(
     positions = np.zeros(shape, np.int64)
     mask = np.zeros(shape, np.int64)
     numbers = np.zeros(shape, np.int32)
+    teachers = None if samples.teachers is None else np.full(shape, -1, np.int64)
     for place, row in enumerate(rows):
         used = 0
         for number, segment in enumerate(row, start=1):
@@ -42,6 +44,8 @@ def collate(
             used = segment.offset + segment.length
             positions[place, segment.offset : used] = np.arange(segment.length)
             numbers[place, segment.offset : used] = number
+            if teachers is not None and samples.teachers is not None:
+                teachers[place, segment.offset : used] = samples.teachers[segment.sample_id]
         positions[place, used:] = np.arange(width - used)
         mask[place, : used or width] = 1
     counted = np.flatnonzero((labels != IGNORE_LABEL) & (weights > 0))
@@ -56,6 +60,7 @@ def collate(
         segment_BS=torch.from_numpy(numbers),
         translation=translate(rows, samples=samples, width=width, counted_T=counted) if samples.is_translated else None,
         origin=origin,
+        teacher_BS=None if teachers is None else torch.from_numpy(teachers),
     )
 
 

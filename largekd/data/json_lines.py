@@ -34,22 +34,27 @@ def stream_records(
     max_samples: int | None,
     skip_samples: int = 0,
     weight_field: str | None = None,
+    teacher_field: str | None = None,
 ) -> Iterator[dict[str, str | float | None]]:
     """Rows of the columns `text`, `messages` (as JSON), `origin` and `problem`, at most `max_samples` of them
     after the first `skip_samples`.
 
-    With `weight_field` also `weight`; one that is no number is the record's problem, a missing one is None.
+    With `weight_field` also `weight`; one that is no number is the record's problem, a missing one is None. With
+    `teacher_field` also `teacher`, a name in the same way.
     """
     stop = None if max_samples is None else skip_samples + max_samples
     for raw in islice(stream_raw(files=files, text_field=text_field), skip_samples, stop):
         text, messages, problem = None, None, raw.problem
         if not problem:
             text, messages, problem = _select(raw.value, text_field=text_field, messages_field=messages_field)
-        weight: dict[str, float | None] = {}
+        extra: dict[str, str | float | None] = {}
         if weight_field is not None:
-            weight["weight"], wrong = _number(raw.value, field=weight_field)
+            extra["weight"], wrong = _number(raw.value, field=weight_field)
             problem = problem or wrong
-        yield {"text": text, "messages": messages, "origin": raw.origin, "problem": problem, **weight}
+        if teacher_field is not None:
+            extra["teacher"], wrong = _name(raw.value, field=teacher_field)
+            problem = problem or wrong
+        yield {"text": text, "messages": messages, "origin": raw.origin, "problem": problem, **extra}
 
 
 def stream_raw(*, files: tuple[str, ...], text_field: str) -> Iterator[Raw]:
@@ -127,6 +132,14 @@ def _select(value: Any, *, text_field: str, messages_field: str) -> tuple[str | 
     except UnicodeEncodeError:
         return None, None, f"{text_field!r} holds half of a surrogate pair, which is not a character"
     return text, None, ""
+
+
+def _name(value: Any, *, field: str) -> tuple[str | None, str]:
+    """The text in column `field`, and the problem if something else is there."""
+    found = value.get(field) if isinstance(value, dict) else None
+    if found is None or isinstance(found, str):
+        return found, ""
+    return None, f"column {field!r} holds a {type(found).__name__}, expected a teacher's name"
 
 
 def _number(value: Any, *, field: str) -> tuple[float | None, str]:

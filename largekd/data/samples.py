@@ -40,7 +40,25 @@ FEATURES = Features(
 # Columns that exist only where they are asked for; groups are (student from, to, teacher from, to), flat.
 TRANSLATED = {"teacher_ids": List(Value("int32")), "groups": List(Value("int32"))}
 WEIGHTED = {"token_weights": List(Value("float32"))}
+ROUTED = {"teacher": Value("int16")}
 OPTIONAL = {**TRANSLATED, **WEIGHTED}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Records name one of several teachers: the column that does it, and the names by their places."""
+
+    field: str
+    names: tuple[str, ...]
+
+    def place(self, name: str | None) -> int:
+        """The named teacher's place; −1 for no name. Raises UnusableRecordError for a name that is none of them."""
+        if name is None:
+            return -1
+        if name not in self.names:
+            known = ", ".join(map(repr, self.names))
+            raise UnusableRecordError(f"column {self.field!r} holds {name!r}; the teachers are {known}")
+        return self.names.index(name)
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,7 @@ def load_samples(
     key: str = "data.train",
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_vocab_size: int | None = None,
+    routing: Routing | None = None,
 ) -> LoadedSamples:
     """Reads and tokenizes `source`; the result is cached by `datasets` and memory-mapped.
 
@@ -76,6 +95,7 @@ def load_samples(
         teacher_tokenizer: where it differs from `tokenizer`: samples then also hold the teacher's tokens of the same
             text, and the groups of tokens that spell the same bytes. What the student's tokens are cut to decides.
         teacher_vocab_size: ids of the teacher from here on make a record unusable; None: all can be used.
+        routing: samples also hold the place of the teacher that their record names.
 
     Raises:
         DataError: as `read_records`; unusable records beyond `source.max_bad_frac`; a slow tokenizer where texts are
@@ -86,7 +106,7 @@ def load_samples(
         translator = Translator(student=tokenizer, teacher=teacher_tokenizer, teacher_vocab_size=teacher_vocab_size)
     weights = TokenWeights(tokenizer, entries=source.span_weights, key=key) if source.span_weights else None
     with first():
-        records = read_records(source, key=key)
+        records = read_records(source, key=key, teacher_field=None if routing is None else routing.field)
         tokenize = _Tokenize(
             tokenizer=tokenizer,
             chat=_chat_encoder(source, tokenizer=tokenizer, key=key),
@@ -95,6 +115,7 @@ def load_samples(
             weight_field=source.weight_field,
             translator=translator,
             token_weights=weights,
+            routing=routing,
             no_template=f"the tokenizer has no chat template: set {key}.chat_template to a Jinja file",
         )
         dataset = _mapped(records.dataset, tokenize=tokenize, num_proc=num_proc)
@@ -152,6 +173,7 @@ class _Tokenize:
     weight_field: str | None = None
     translator: Translator | None = None
     token_weights: TokenWeights | None = None
+    routing: Routing | None = None
 
     def __call__(self, batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows: dict[str, list[Any]] = {name: [] for name in self.features}
@@ -161,8 +183,10 @@ class _Tokenize:
                 if "problem" in batch and batch["problem"][place]:
                     raise UnusableRecordError(batch["problem"][place])
                 weight = self._weight(batch, place=place)
+                names = batch.get("teacher") if self.routing else None
+                teacher = -1 if self.routing is None or names is None else self.routing.place(names[place])
                 for row in self._samples(batch, place=place, document=documents.get(place)):
-                    _append(rows, record=record, weight=weight, **row)
+                    _append(rows, record=record, weight=weight, teacher=teacher, **row)
             except UnusableRecordError as error:
                 _append(rows, record=record, reason=str(error))
         return rows
@@ -171,6 +195,7 @@ class _Tokenize:
     def features(self) -> Features:
         """The columns of the rows: those of FEATURES and what this source's settings add."""
         extra = {**(TRANSLATED if self.translator else {}), **(WEIGHTED if self.token_weights else {})}
+        extra |= ROUTED if self.routing else {}
         return Features({**FEATURES, **extra}) if extra else FEATURES
 
     def _encode_texts(self, texts: list[Any] | None) -> dict[int, "_Document"]:
@@ -276,6 +301,7 @@ class _Tokenize:
             *(TOKENIZATION_VERSION, chat, self.sequence_length, self.vocab_size, self.no_template, self.weight_field),
             self.translator and self.translator.fingerprint,
             self.token_weights and self.token_weights.entries,
+            *((self.routing,) if self.routing else ()),
         )
         return hashlib.sha256(f"{settings!r} {tokenizer_fingerprint(self.tokenizer)}".encode()).hexdigest()
 
@@ -302,6 +328,7 @@ def _append(
     ids: NDArray[np.int32] | None = None,
     label_mask: NDArray[np.uint8] | None = None,
     weight: float = 1.0,
+    teacher: int = -1,
     truncated: bool = False,
     reason: str = "",
     **extras: NDArray,
@@ -319,6 +346,7 @@ def _append(
         "digest": int.from_bytes(digest, "little", signed=True),
         "truncated": truncated,
         "reason": reason,
+        "teacher": teacher,
         **extras,
     }
     for name, values in rows.items():

@@ -44,11 +44,13 @@ class Records:
         return f"{self.source}: record {index}"
 
 
-def read_records(source: SourceConfig, *, key: str = "data.train") -> Records:
+def read_records(source: SourceConfig, *, key: str = "data.train", teacher_field: str | None = None) -> Records:
     """The records of `source`, stored on disk by `datasets` and read back memory-mapped.
 
     Args:
         key: configuration key of this source, named in messages.
+        teacher_field: column with the name of a record's teacher; the data set then has a column `teacher`, where the
+            source has it at all.
 
     Raises:
         DataError: nothing at the path, files of several kinds, no record, no usable column, a broken JSON array.
@@ -57,11 +59,11 @@ def read_records(source: SourceConfig, *, key: str = "data.train") -> Records:
     if files is not None and source.subset is not None:
         raise DataError(f"{key}.subset = {source.subset!r} is for hub data sets, but {source.path} is a local path.")
     if files is None:
-        dataset = _load_hub(source, key=key)
+        dataset = _load_hub(source, key=key, teacher_field=teacher_field)
     elif SUFFIXES[files[0].suffix] == "parquet":
-        dataset = _load_parquet(source, files=files, key=key)
+        dataset = _load_parquet(source, files=files, key=key, teacher_field=teacher_field)
     else:
-        dataset = _load_lines(source, files=files, key=key)
+        dataset = _load_lines(source, files=files, key=key, teacher_field=teacher_field)
     if len(dataset) == 0:
         raise _empty(source, key=key)
     return Records(dataset=dataset, source=source.path)
@@ -100,7 +102,7 @@ def find_files(path: str, *, key: str = "data.train") -> tuple[Path, ...] | None
     return tuple(sorted(found))
 
 
-def _load_lines(source: SourceConfig, *, files: tuple[Path, ...], key: str) -> Dataset:
+def _load_lines(source: SourceConfig, *, files: tuple[Path, ...], key: str, teacher_field: str | None) -> Dataset:
     names = tuple(str(file) for file in files)
     try:
         probed = [raw.value for raw in islice(stream_raw(files=names, text_field=source.text_field), PROBED_RECORDS)]
@@ -121,6 +123,11 @@ def _load_lines(source: SourceConfig, *, files: tuple[Path, ...], key: str) -> D
         if source.weight_field is not None:
             columns["weight"] = Value("float64")
             settings = (*settings, source.weight_field)
+        routed: dict[str, str] = {}
+        if teacher_field is not None:
+            columns["teacher"] = column
+            settings = (*settings, "teacher", teacher_field)
+            routed["teacher_field"] = teacher_field
         # A generator that gives nothing is an error of the library's that names no file.
         if next(islice(stream_raw(files=names, text_field=source.text_field), source.skip_samples, None), None) is None:
             raise _empty(source, key=key)
@@ -135,6 +142,7 @@ def _load_lines(source: SourceConfig, *, files: tuple[Path, ...], key: str) -> D
                 "skip_samples": source.skip_samples,
                 "max_samples": source.max_samples,
                 "weight_field": source.weight_field,
+                **routed,
             },
             fingerprint=hashlib.sha256(repr(settings).encode()).hexdigest()[:32],
         )
@@ -142,17 +150,17 @@ def _load_lines(source: SourceConfig, *, files: tuple[Path, ...], key: str) -> D
         raise _explained(error, source=source, key=key) from error
 
 
-def _load_parquet(source: SourceConfig, *, files: tuple[Path, ...], key: str) -> Dataset:
+def _load_parquet(source: SourceConfig, *, files: tuple[Path, ...], key: str, teacher_field: str | None) -> Dataset:
     try:
         if not sum(read_metadata(file).num_rows for file in files):
             raise _empty(source, key=key)
         dataset = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except (DatasetsError, OSError, ValueError) as error:
         raise _explained(error, source=source, key=key) from error
-    return _two_columns(dataset, source=source, key=key)
+    return _two_columns(dataset, source=source, key=key, teacher_field=teacher_field)
 
 
-def _load_hub(source: SourceConfig, *, key: str) -> Dataset:
+def _load_hub(source: SourceConfig, *, key: str, teacher_field: str | None) -> Dataset:
     try:
         dataset = load_dataset(source.path, source.subset, split=source.split)
     except (DatasetsError, OSError, ValueError, RuntimeError) as error:
@@ -160,7 +168,7 @@ def _load_hub(source: SourceConfig, *, key: str) -> Dataset:
             f"{key}.path = {source.path!r}: there is no file or folder {Path(source.path).absolute()}, and it could "
             f"not be loaded as a hub data set (subset {source.subset!r}, split {source.split!r}): {error}"
         ) from error
-    return _two_columns(dataset, source=source, key=key)
+    return _two_columns(dataset, source=source, key=key, teacher_field=teacher_field)
 
 
 def _empty(source: SourceConfig, *, key: str) -> DataError:
@@ -178,8 +186,8 @@ def _explained(error: BaseException, *, source: SourceConfig, key: str) -> DataE
     return cause if isinstance(cause, DataError) else DataError(f"{key}: cannot read {source.path}: {cause}")
 
 
-def _two_columns(dataset: Dataset, *, source: SourceConfig, key: str) -> Dataset:
-    """`dataset` with its text, messages and weight columns alone, under the names `text`, `messages` and `weight`."""
+def _two_columns(dataset: Dataset, *, source: SourceConfig, key: str, teacher_field: str | None) -> Dataset:
+    """`dataset` with its text, messages, weight and teacher columns alone, under these names."""
     features = dataset.features
     _check_columns([dict.fromkeys(features, "")], source=source, key=key)
     text = features.get(source.text_field)
@@ -192,6 +200,11 @@ def _two_columns(dataset: Dataset, *, source: SourceConfig, key: str) -> Dataset
             found = "is missing" if weight is None else f"holds {weight}, expected numbers"
             raise DataError(f"{key}.weight_field: column {source.weight_field!r} of {source.path} {found}.")
         names[source.weight_field] = "weight"
+    if teacher_field is not None and teacher_field in features:
+        found = features[teacher_field]
+        if getattr(found, "dtype", None) not in ("string", "large_string"):
+            raise DataError(f"{key}: column {teacher_field!r} of {source.path} holds {found}, expected names.")
+        names[teacher_field] = "teacher"
     dataset = dataset.select_columns([name for name in names if name in features])
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old in features and old != new})
     first = source.skip_samples

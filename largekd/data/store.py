@@ -32,6 +32,10 @@ class SampleStore:
         self._teacher_ids = _Ragged(table.column("teacher_ids")) if "teacher_ids" in named else None
         self._groups = _Ragged(table.column("groups")) if "groups" in named else None
         self._token_weights = _Ragged(table.column("token_weights")) if "token_weights" in named else None
+        # Places of the teachers that records name, −1 for none.
+        self.teachers: NDArray[np.int64] | None = None
+        if "teacher" in named:
+            self.teachers = table.column("teacher").to_numpy()[kept].astype(np.int64)
         self._digests: NDArray[np.int64] = table.column("digest").to_numpy()[kept]
 
     def __len__(self) -> int:
@@ -81,9 +85,10 @@ class SampleStore:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over every sample's length, weight and digest of its ids and mask, in order."""
+        """SHA-256 over every sample's length, weight, digest of its ids and mask, and named teacher, in order."""
         total = hashlib.sha256()
-        for column in (self.lengths, self.weights, self._digests):
+        named = () if self.teachers is None else (self.teachers,)
+        for column in (self.lengths, self.weights, self._digests, *named):
             total.update(np.ascontiguousarray(column).tobytes())
         return total.hexdigest()
 

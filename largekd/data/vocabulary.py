@@ -45,12 +45,15 @@ def check_same_tokenizer(
     *,
     teacher_vocab_size: int,
     student_vocab_size: int,
+    key: str = "teacher.model",
 ) -> int:
     """The number of ids that both models can take, once it is certain that these ids mean the same to both.
 
     Compared are all ids below the smaller width, special tokens among them, and how a probe text is split. Widths may
     differ (151,936 and 152,064 rows for one tokenizer), and so may the roles of tokens (a base model's and its chat
     variant's end token) and tokens that were added to one side alone.
+
+    `key` is the configuration key of the teacher, named in messages.
 
     Raises:
         TeacherError: an id means different tokens, or equal vocabularies split text differently.
@@ -62,7 +65,7 @@ def check_same_tokenizer(
     if differences:
         more = f", and {len(differences) - NAMED_DIFFERENCES} more" if len(differences) > NAMED_DIFFERENCES else ""
         raise TeacherError(
-            f"the tokenizers of teacher.model and student.model differ: {len(differences)} ids mean different tokens "
+            f"the tokenizers of {key} and student.model differ: {len(differences)} ids mean different tokens "
             f"({'; '.join(differences[:NAMED_DIFFERENCES])}{more}). Choose a student.model with the teacher's "
             "tokenizer, or leave student.model empty."
         )
@@ -70,7 +73,7 @@ def check_same_tokenizer(
     if theirs != own:
         place = next((i for i, pair in enumerate(zip(theirs, own, strict=False)) if pair[0] != pair[1]), 0)
         raise TeacherError(
-            "the tokenizers of teacher.model and student.model have the same tokens but split text differently: "
+            f"the tokenizers of {key} and student.model have the same tokens but split text differently: "
             f"after {place} equal tokens the teacher has {teacher.convert_ids_to_tokens(theirs[place : place + 3])} "
             f"and the student {student.convert_ids_to_tokens(own[place : place + 3])}. "
             "Give both models the same tokenizer files."

@@ -9,9 +9,10 @@ from datasets import disable_progress_bars
 
 from largekd.config.data import SourceConfig
 from largekd.config.run import RunConfig
+from largekd.config.teacher import MixtureTeacherConfig, RoutedWeightsConfig
 from largekd.contracts import Batch, Origin
 from largekd.data.loader import RowLoader, RowSettings, evaluation_batches
-from largekd.data.samples import LoadedSamples, load_samples
+from largekd.data.samples import LoadedSamples, Routing, load_samples
 from largekd.data.spans import alignment_report
 from largekd.data.store import SampleStore
 from largekd.data.vocabulary import describe_mapping
@@ -51,11 +52,13 @@ def build_data(config: RunConfig, *, sources: Sources, ranks: Ranks, folder: Pat
             key=key,
             teacher_tokenizer=sources.teacher_tokenizer if sources.student_of_teacher is not None else None,
             teacher_vocab_size=sources.teacher.config.vocab_size if sources.student_of_teacher is not None else None,
+            routing=_routing(config),
         )
 
     if not ranks.is_main:
         disable_progress_bars()
     training = load(data.train, "data.train")
+    _check_routed(config, training=training)
     held_out = load(data.eval, "data.eval") if data.eval is not None else None
     with Together():
         if ranks.is_main:
@@ -108,6 +111,24 @@ def build_data(config: RunConfig, *, sources: Sources, ranks: Ranks, folder: Pat
         return walk(held_out, micro_batch_size=size, max_rows=config.eval.max_rows, origin="eval")
 
     return RunData(loader, held_out_batches, first_rows, {"train": training.samples, "eval": held_out.samples})
+
+
+def _routing(config: RunConfig) -> Routing | None:
+    """How records name their teacher; None where they do not."""
+    teacher = config.teacher
+    if not isinstance(teacher, MixtureTeacherConfig) or not isinstance(teacher.weighting, RoutedWeightsConfig):
+        return None
+    return Routing(teacher.weighting.field, tuple(member.name for member in teacher.members))
+
+
+def _check_routed(config: RunConfig, *, training: LoadedSamples) -> None:
+    """Errors: DataError where no record names a teacher, which a misspelt column looks like."""
+    routing, teachers = _routing(config), training.samples.teachers
+    if routing is not None and (teachers is None or not (teachers >= 0).any()):
+        raise DataError(
+            f"teacher.weighting.field = {routing.field!r}: no record of data.train ({config.data.train.path}) names a "
+            f"teacher in that column; the names are {', '.join(map(repr, routing.names))}."
+        )
 
 
 def _check_translation(

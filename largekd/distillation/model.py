@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largekd.contracts import Batch, HiddenSignal, SampledSignal, TeacherSignal, TopKSignal
+from largekd.contracts import Batch, HiddenSignal, MixtureSignal, SampledSignal, TeacherSignal, TopKSignal
 from largekd.models.decoder import Decoder
 from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.vocabulary import VocabularyPass
@@ -92,7 +92,7 @@ class DistillModel(nn.Module):
             head_scale=spec.scale,
             softcap=spec.softcap,
             vocab_size=spec.vocab_size,
-            signal=signal if isinstance(signal, HiddenSignal | TopKSignal | SampledSignal) else None,
+            signal=signal if isinstance(signal, HiddenSignal | TopKSignal | SampledSignal | MixtureSignal) else None,
             **options,
         )
         return results

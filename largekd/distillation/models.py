@@ -1,6 +1,6 @@
 """Building the two models of a run: found, shaped, sharded and filled."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from largekd.config.run import RunConfig
-from largekd.config.teacher import CachedTeacherConfig, OnlineTeacherConfig, RemoteTeacherConfig, TeacherConfig
+from largekd.config.teacher import (
+    CachedTeacherConfig,
+    MixtureMemberConfig,
+    MixtureTeacherConfig,
+    OnlineTeacherConfig,
+    RemoteTeacherConfig,
+    TeacherConfig,
+)
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
 from largekd.errors import ConfigError
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
@@ -28,7 +35,8 @@ class Sources:
     """What is known of both models before any weight is touched.
 
     With objective.translation `student_of_teacher` is (W,) the student's id of each of the teacher's, −1 where it has
-    none, and `shared_vocab_size` the student's own width.
+    none, and `shared_vocab_size` the student's own width. Of several teachers `teacher` is the first one that runs in
+    this job, or else the first one, and `members` are all of them; `shared_vocab_size` then counts the ids of all.
     """
 
     teacher: ModelFolder
@@ -38,6 +46,7 @@ class Sources:
     teacher_tokenizer: PreTrainedTokenizerBase
     shared_vocab_size: int
     student_of_teacher: Tensor | None = None
+    members: tuple[ModelFolder, ...] = ()
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -54,8 +63,19 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     student: ModelFolder | None = None
     if config.student.model is not None:
         student = _find(config.student.model, config=config.student, key="student.model", first=first)
-    teacher = _find_teacher(config.teacher, student=student, first=first)
-    tokenizer = load_tokenizer(str(teacher.path), trust_remote_code=teacher.trust_remote_code, key="teacher.model")
+    members: tuple[ModelFolder, ...] = ()
+    if isinstance(config.teacher, MixtureTeacherConfig):
+        members = tuple(
+            _find_teacher(member.teacher, student=student, first=first, key=member_key(index))
+            for index, member in enumerate(config.teacher.members)
+        )
+        main = main_member(config.teacher.members)
+        teacher, teacher_key = members[main], member_key(main)
+    else:
+        teacher, teacher_key = _find_teacher(config.teacher, student=student, first=first), "teacher"
+    tokenizer = load_tokenizer(
+        str(teacher.path), trust_remote_code=teacher.trust_remote_code, key=f"{teacher_key}.model"
+    )
     if student is not None:
         student_config = student.config
         if config.student.layers is not None:
@@ -76,11 +96,13 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     }
     student_of_teacher = None
     if config.objective.translation is None:
-        shared = check_same_tokenizer(teacher_tokenizer, tokenizer, **widths)
+        shared = check_same_tokenizer(teacher_tokenizer, tokenizer, **widths, key=f"{teacher_key}.model")
+        shared = min((shared, *_shared_with_members(members, tokenizer=tokenizer, student_vocab_size=shared)))
     else:
         shared = student_config.vocab_size
         student_of_teacher = torch.from_numpy(shared_tokens(teacher_tokenizer, tokenizer, **widths))
-    for key, model_config in (("teacher", teacher.config), ("student", student_config)):
+    several = [(member_key(index), member.config) for index, member in enumerate(members)]
+    for key, model_config in (*(several or [("teacher", teacher.config)]), ("student", student_config)):
         _check_positions(model_config, key=key, sequence_length=config.train.sequence_length)
     return Sources(
         teacher=teacher,
@@ -90,7 +112,35 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
         teacher_tokenizer=teacher_tokenizer,
         shared_vocab_size=shared,
         student_of_teacher=student_of_teacher,
+        members=members,
     )
+
+
+def member_key(index: int) -> str:
+    """The place of one of several teachers in the configuration."""
+    return f"teacher.members.{index}.teacher"
+
+
+def main_member(members: Sequence[MixtureMemberConfig]) -> int:
+    """The teacher of several whose layers and tokenizer are the teacher's: the first online one, else the first."""
+    online = [index for index, member in enumerate(members) if isinstance(member.teacher, OnlineTeacherConfig)]
+    return online[0] if online else 0
+
+
+def _shared_with_members(
+    members: Sequence[ModelFolder], *, tokenizer: PreTrainedTokenizerBase, student_vocab_size: int
+) -> Iterator[int]:
+    """The ids that each of several teachers has in common with the student. Errors: TeacherError names the member."""
+    for index, member in enumerate(members):
+        key = f"{member_key(index)}.model"
+        theirs = load_tokenizer(str(member.path), trust_remote_code=member.trust_remote_code, key=key)
+        yield check_same_tokenizer(
+            theirs,
+            tokenizer,
+            teacher_vocab_size=member.config.vocab_size,
+            student_vocab_size=student_vocab_size,
+            key=key,
+        )
 
 
 def build_teacher(
@@ -155,17 +205,20 @@ def build_average(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
     return Decoder(model=model)
 
 
-def _find_teacher(teacher: TeacherConfig, *, student: ModelFolder | None, first: First) -> ModelFolder:
-    """Where the teacher's configuration and tokenizer are, and for an online one its weights."""
+def _find_teacher(
+    teacher: TeacherConfig, *, student: ModelFolder | None, first: First, key: str = "teacher"
+) -> ModelFolder:
+    """Where the teacher's configuration and tokenizer are, and for an online one its weights; `key` is its place in the
+    configuration."""
     match teacher:
         case OnlineTeacherConfig() | RemoteTeacherConfig():
-            return _find(teacher.model, config=teacher, key="teacher.model", first=first)
+            return _find(teacher.model, config=teacher, key=f"{key}.model", first=first)
         case CachedTeacherConfig(model=str() as model):
-            return _find(model, config=teacher, key="teacher.model", first=first)
+            return _find(model, config=teacher, key=f"{key}.model", first=first)
         case CachedTeacherConfig():
             folder = Path(teacher.path).expanduser()
             read_manifest(folder)
-            return _find(str(folder / TEACHER_FOLDER), config=teacher, key="teacher.path", first=first)
+            return _find(str(folder / TEACHER_FOLDER), config=teacher, key=f"{key}.path", first=first)
     assert student is not None
     return student
 

@@ -18,6 +18,7 @@ from largekd.objectives.divergences import (
     forward_kl,
     log_probabilities,
 )
+from largekd.objectives.mixture import AS_THEY_ARE, Mixture, MixtureRows, MixtureRule
 from largekd.objectives.plugins import PluginTerm, TermRows
 from largekd.objectives.readings import (
     DenseReading,
@@ -64,6 +65,7 @@ class RowPlan:
 
     teacher: the head of a full distribution. sparse: how ids with log-probabilities are read, among `sparse_ids` ids.
     own_ids: each side keeps its own ids (other tokenizers). tempered: the block has a temperature.
+    members: the heads of several teachers, which `mixing` combines.
     """
 
     terms: tuple[VocabularyTerm, ...]
@@ -76,6 +78,8 @@ class RowPlan:
     selection: SelectionRule | None = None
     gradient: bool = True
     measure: bool = False
+    members: tuple[HeadShape, ...] = ()
+    mixing: MixtureRule = AS_THEY_ARE
 
     @property
     def distils(self) -> bool:
@@ -85,7 +89,7 @@ class RowPlan:
     @property
     def reads_teacher(self) -> bool:
         """Whether any figure of this plan depends on the teacher's distribution."""
-        known = self.teacher is not None or self.sparse is not None
+        known = self.teacher is not None or self.sparse is not None or bool(self.members)
         return known and (self.measure or self.distils or self.selection is not None)
 
     @property
@@ -93,6 +97,8 @@ class RowPlan:
         """Ids of the student that take part: shared ones come first, in the same order (unequal padding)."""
         if self.own_ids:
             return self.student.vocab_size
+        if self.members:
+            return min(self.student.vocab_size, *(head.vocab_size for head in self.members))
         other = self.teacher.vocab_size if self.teacher else self.sparse_ids
         return min(self.student.vocab_size, other) if other else self.student.vocab_size
 
@@ -105,7 +111,7 @@ class RowPlan:
     @property
     def has_support(self) -> bool:
         """Whether some shared id may be impossible (a bias of −inf) on one side; it then is so on both."""
-        heads = (self.student, self.teacher)
+        heads = (self.student, self.teacher, *self.members)
         return any(head is not None and head.has_bias and head.softcap is None for head in heads)
 
     @property
@@ -146,18 +152,21 @@ class RowBlock:
     student_bias_V: Tensor | None = None
     teacher_bias_W: Tensor | None = None
     support_W: Tensor | None = None
+    mixture: MixtureRows | None = None
 
 
 @dataclass(frozen=True)
 class RowResult:
     """Unweighted values per row and term (0 where a token is not selected), health per row (times token weight),
-    gradient of Σ factor · value, and with a selection the bounded score and 1 where the row is kept."""
+    gradient of Σ factor · value, with a selection the bounded score and 1 where the row is kept, and of several
+    teachers the figures of MIXTURE_NAMES per row, figure and member."""
 
     values_RN: Tensor
     health_RH: Tensor | None
     gradient_RV: Tensor | None
     score_R: Tensor | None = None
     keep_R: Tensor | None = None
+    mixture_RFM: Tensor | None = None
 
 
 def evaluate_rows(block: RowBlock, /, *, plan: RowPlan) -> RowResult:
@@ -186,7 +195,11 @@ def evaluate_rows(block: RowBlock, /, *, plan: RowPlan) -> RowResult:
         if plan.sparse in ("renormalise", "drop"):  # no divergences between what the models say
             measured = sides.reading(plan=replace(plan, sparse="tail"), temperature=None, reuse_RV=None)
         health_RH = _health(block, plan=plan, full_logq_RV=full_logq_RV, reading=measured)
-    return RowResult(values_RN, health_RH, gradient_RV, score_R, keep_R)
+    mixture_RFM = None
+    if sides.mixture is not None:
+        student_logq_RV = at_one.pair.student_logq_RV if plan.measure and at_one is not None else None
+        mixture_RFM = sides.mixture.figures(block.labels_R, rule=plan.mixing, student_logq_RV=student_logq_RV)
+    return RowResult(values_RN, health_RH, gradient_RV, score_R, keep_R, mixture_RFM)
 
 
 @dataclass(frozen=True)
@@ -196,10 +209,13 @@ class _Sides:
     student_RV: Tensor
     teacher_RW: Tensor | None
     sparse: SparseRows | None
+    mixture: Mixture | None = None
 
     @classmethod
     def of(cls, block: RowBlock, /, *, plan: RowPlan, logits_RV: Tensor) -> "_Sides":
         student_RV = logits_RV[:, : plan.student_ids]
+        if block.mixture is not None:
+            return cls._of_several(block, plan=plan, student_RV=student_RV, mixture=block.mixture)
         if block.teacher_RW is None or plan.teacher is None:
             return cls(student_RV, None, block.sparse)
         teacher_RW = plan.teacher.logits(projected_RV=block.teacher_RW, bias_V=block.teacher_bias_W)
@@ -207,6 +223,17 @@ class _Sides:
             gone_W = ~block.support_W
             student_RV, teacher_RW = (side.masked_fill(gone_W, float("-inf")) for side in (student_RV, teacher_RW))
         return cls(student_RV, teacher_RW, None)
+
+    @classmethod
+    def _of_several(cls, block: RowBlock, /, *, plan: RowPlan, student_RV: Tensor, mixture: MixtureRows) -> "_Sides":
+        projected = zip(plan.members, mixture.members_RV, mixture.biases_V, strict=True)
+        members_RV = [head.logits(projected_RV=member_RV, bias_V=bias_V) for head, member_RV, bias_V in projected]
+        if block.support_W is not None:
+            gone_W = ~block.support_W
+            student_RV, *members_RV = (side.masked_fill(gone_W, float("-inf")) for side in (student_RV, *members_RV))
+        reads_one = plan.measure or plan.selection is not None or not plan.tempered
+        mixed = Mixture.of(members_RV, rows=mixture, rule=plan.mixing, reads_one=reads_one)
+        return cls(student_RV, None, None, mixed)
 
     def reading(self, *, plan: RowPlan, temperature: Tensor | None, reuse_RV: Tensor | None) -> Reading | None:
         """The reading at a temperature; None for drawn ids. `reuse_RV`: the student's log-probabilities, if known."""
@@ -219,6 +246,11 @@ class _Sides:
             entries = SparseEntries(self.sparse.ids_RK, self.sparse.logp_RK, tail_R)
             student_RV = self.student_RV if inverse is None else self.student_RV * inverse
             return sparse_reading(entries, kind=plan.sparse, student_RV=student_RV, temperature=temperature)
+        if self.mixture is not None:
+            student_RV = self.student_RV if inverse is None else self.student_RV * inverse
+            teacher_logp_RV = self.mixture.log_probabilities(inverse_temperature=inverse)
+            logq_RV = log_probabilities(student_RV) if reuse_RV is None else reuse_RV
+            return DenseReading(DistributionPair.of_logs(teacher_logp_RV=teacher_logp_RV, student_logq_RV=logq_RV))
         assert self.teacher_RW is not None, "a divergence was asked for without a teacher's signal"
         teacher_RW, student_RV = self.teacher_RW, self.student_RV
         if inverse is not None:
@@ -229,7 +261,11 @@ class _Sides:
         )
 
     def rows(self, *, labels_R: Tensor, temperature: Tensor | None) -> TermRows:
-        """What a user's term reads."""
+        """What a user's term reads; of several teachers the mixture's log-probabilities, which are logits too."""
+        if self.mixture is not None:
+            inverse = None if temperature is None else 1.0 / temperature
+            student_RV = self.student_RV if temperature is None else self.student_RV / temperature
+            return TermRows(student_RV, self.mixture.log_probabilities(inverse_temperature=inverse), labels_R)
         assert self.teacher_RW is not None
         if temperature is None:
             return TermRows(self.student_RV, self.teacher_RW, labels_R)

@@ -11,8 +11,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from largekd.contracts import HEALTH_NAMES, Batch, Distribution, HiddenSignal, SampledSignal, TopKSignal
+from largekd.contracts import (
+    HEALTH_NAMES,
+    MIXTURE_NAMES,
+    Batch,
+    Distribution,
+    HiddenSignal,
+    MixtureSignal,
+    SampledSignal,
+    TopKSignal,
+)
 from largekd.objectives.compiled import RowFunction
+from largekd.objectives.members import MemberBuffers
 from largekd.objectives.rows import RowBlock, RowPlan, SparseRows
 from largekd.objectives.selection import histogram
 from largekd.objectives.workers import map_spans
@@ -45,12 +55,13 @@ class Gradients:
 @dataclass(frozen=True)
 class SweepResult:
     """Sums per term (N,) and health sums (H,), unscaled; with a selection the weight that was kept (1,) and the
-    histogram of scores (SCORE_BINS,), empty without."""
+    histogram of scores (SCORE_BINS,), empty without; of several teachers the figures of MIXTURE_NAMES, (F, M)."""
 
     sums: Tensor
     health: Tensor
     kept: Tensor
     histogram: Tensor
+    mixture: Tensor
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,8 @@ class Sweep:
                 outputs.health_TH[tokens] = result.health_RH
             if result.score_R is not None and result.keep_R is not None:
                 outputs.score_T[tokens], outputs.keep_T[tokens] = result.score_R, result.keep_R
+            if result.mixture_RFM is not None:
+                outputs.mixture_TFM[tokens] = result.mixture_RFM
             if result.gradient_RV is not None:
                 chunk.student_CV[rows] = result.gradient_RV
                 if chunk.student_bias_V is not None:
@@ -159,7 +172,7 @@ class _TokenInputs:
     def of(cls, sweep: Sweep, /, *, factors: Tensor) -> "_TokenInputs":
         batch, signal = sweep.batch, sweep.signal
         weight_T = batch.token_weight_BS.reshape(-1)[batch.counted_T].to(factors.dtype)
-        present_T = None if signal is None or isinstance(signal, SampledSignal) else signal.present_T
+        present_T = signal.present_T if isinstance(signal, HiddenSignal | TopKSignal) else None
         return cls(
             labels_T=batch.labels_BS.reshape(-1)[batch.counted_T],
             weight_T=weight_T,
@@ -188,6 +201,7 @@ class _TokenOutputs:
     health_TH: Tensor
     score_T: Tensor
     keep_T: Tensor
+    mixture_TFM: Tensor
     scored: bool
 
     @classmethod
@@ -201,6 +215,7 @@ class _TokenOutputs:
             health_TH=new(tokens if sweep.plan.measure else 0, len(HEALTH_NAMES)),
             score_T=new(scored),
             keep_T=new(scored),
+            mixture_TFM=new(tokens if sweep.plan.reads_teacher else 0, len(MIXTURE_NAMES), len(sweep.plan.members)),
         )
 
     def sums(self, *, inputs: _TokenInputs) -> SweepResult:
@@ -212,6 +227,7 @@ class _TokenOutputs:
             health=self.health_TH.sum(0),
             kept=(self.keep_T * weight_S).sum(0, keepdim=True),
             histogram=histogram(self.score_T, weight_T=weight_S) if self.scored else self.score_T,
+            mixture=(self.mixture_TFM * weight_T[: len(self.mixture_TFM), None, None]).sum(0),
         )
 
 
@@ -224,12 +240,19 @@ class _Chunk:
     student_bias_V: Tensor | None
     teacher_bias_W: Tensor | None = None
     support_W: Tensor | None = None
+    members: MemberBuffers | None = None
 
     @classmethod
     def allocate(cls, sweep: Sweep, /, *, student: StudentSide) -> "_Chunk":
         plan, rows = sweep.plan, min(sweep.chunk_tokens, sweep.tokens)
         student_CV = student.weight_VD.new_empty(rows, plan.student.vocab_size)
         student_bias_V = None if student.bias_V is None else student.bias_V[: plan.student.vocab_size]
+        if isinstance(sweep.signal, MixtureSignal) and plan.reads_teacher:
+            members = MemberBuffers.allocate(
+                sweep.signal, rows=rows, ids=plan.student_ids, dtype=_block_dtype(student_CV)
+            )
+            support_W = _support_of_several(plan, student_bias_V=student_bias_V, members=members)
+            return cls(student_CV, None, student_bias_V, support_W=support_W, members=members)
         if not isinstance(sweep.signal, HiddenSignal) or not plan.reads_teacher:
             return cls(student_CV, None, student_bias_V)
         head = sweep.signal.head
@@ -248,6 +271,8 @@ class _Chunk:
         size, vocab = hidden_CD.shape[0], self.student_CV.shape[1]
         torch.mm(hidden_CD, weight_VD[:vocab].t(), out=self.student_CV[:size])
         signal = sweep.signal
+        if self.members is not None:
+            self.members.project(sweep.batch.counted_T[span])
         if self.teacher_CW is not None and isinstance(signal, HiddenSignal):
             weight_WE = signal.head.weight_VD[: self.teacher_CW.shape[1]]
             rows_C = (sweep.batch.counted_T if signal.rows_T is None else signal.rows_T)[span]
@@ -274,7 +299,17 @@ class _Chunk:
             student_bias_V=self.student_bias_V,
             teacher_bias_W=self.teacher_bias_W,
             support_W=self.support_W,
+            mixture=None if self.members is None else self.members.block(rows, tokens=span),
         )
+
+
+def _support_of_several(plan: RowPlan, /, *, student_bias_V: Tensor | None, members: MemberBuffers) -> Tensor | None:
+    """(W,) false for the shared ids that are impossible for the student or for all of its teachers."""
+    possible_W = members.possible()
+    if student_bias_V is not None and plan.student.softcap is None:
+        own_W = ~torch.isneginf(student_bias_V[: plan.student_ids])
+        possible_W = own_W if possible_W is None else possible_W & own_W
+    return possible_W
 
 
 def _accumulate(

@@ -19,8 +19,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from largekd.contracts import Batch, Distribution, HiddenSignal, SampledSignal, TopKSignal
+from largekd.contracts import (
+    Batch,
+    Distribution,
+    HiddenSignal,
+    MixtureSignal,
+    SampledSignal,
+    TopKSignal,
+    VocabularyHead,
+)
 from largekd.objectives.compiled import RowFunction
+from largekd.objectives.mixture import MixtureRule
 from largekd.objectives.readings import SparseKind
 from largekd.objectives.rows import HeadShape, RowPlan
 from largekd.objectives.selection import SelectionRule
@@ -74,7 +83,8 @@ class VocabularyPass(nn.Module):
 
         With `measure` also `health`: (len(HEALTH_NAMES),) weighted sums. With a selection and its `limit` also `kept`:
         (1,) the weight of the tokens that the divergences used, and `histogram` of their scores. With `term_gradients`
-        also `squares`: (terms,) the squared norm of each scaled term's gradient with respect to the hidden states.
+        also `squares`: (terms,) the squared norm of each scaled term's gradient with respect to the hidden states. With
+        several teachers also `mixture`: (len(MIXTURE_NAMES), members) weighted sums, those of distances with `measure`.
 
         `scales` (terms,) float32 holds what each sum is multiplied by (factor / global count × ranks); `temperature` is
         a scalar on the device, None stands for 1. Rows of `weight_VD` beyond `vocab_size` are padding: no probability,
@@ -106,13 +116,16 @@ class VocabularyPass(nn.Module):
         outputs = {"loss": loss, "sums": figures[0]}
         outputs |= {"health": figures[1]} if measure else {}
         outputs |= {"kept": figures[2], "histogram": figures[3]} if sweep.plan.selection is not None else {}
+        outputs |= {"mixture": figures[4]} if isinstance(signal, MixtureSignal) else {}
         return outputs | ({"squares": squares} if term_gradients else {})
 
     def _teacher_side(self, signal: Distribution | None) -> dict[str, Any]:
         match signal:
             case HiddenSignal(head=head):
-                shape = HeadShape(head.vocab_size, head.scale, head.softcap, head.bias_V is not None)
-                return {"teacher": shape, "own_ids": signal.rows_T is not None}
+                return {"teacher": _shape(head), "own_ids": signal.rows_T is not None}
+            case MixtureSignal(members=members):
+                rule = MixtureRule(confidence_scale=signal.confidence_scale, learned=signal.learned)
+                return {"members": tuple(_shape(member.head) for member in members), "mixing": rule}
             case TopKSignal():
                 return {"sparse": self.sparse, "sparse_ids": signal.vocab_size}
             case SampledSignal():
@@ -153,7 +166,7 @@ class _FusedVocabulary(torch.autograd.Function):
         result = _run(sweep, student=student, factors=scales / unit, gradients=gradients)
         ctx.gradients, ctx.unit, ctx.hidden_shape = gradients, unit, hidden_BSD.shape
         ctx.bias_dtype = None if bias_V is None else bias_V.dtype
-        figures = (result.sums, result.health, result.kept, result.histogram)
+        figures = (result.sums, result.health, result.kept, result.histogram, result.mixture)
         ctx.mark_non_differentiable(*figures)
         return (scales * result.sums).sum(), *figures
 
@@ -168,6 +181,10 @@ class _FusedVocabulary(torch.autograd.Function):
         hidden = None if gradients.hidden_PD is None else gradients.hidden_PD.view(ctx.hidden_shape)
         bias = None if gradients.bias_V is None else gradients.bias_V.to(ctx.bias_dtype)
         return hidden, gradients.weight_VD, bias, None, None
+
+
+def _shape(head: VocabularyHead, /) -> HeadShape:
+    return HeadShape(head.vocab_size, head.scale, head.softcap, head.bias_V is not None)
 
 
 def _run(sweep: Sweep, /, *, student: StudentSide, factors: Tensor, gradients: Gradients) -> SweepResult:
