@@ -11,7 +11,14 @@ from largekd.errors import ConfigError
 
 def check_config(config: RunConfig) -> list[str]:
     """The rules that the values break together, one line each; empty when the run can be built."""
-    return [*_train(config), *_student(config), *_objective(config), *_optim(config), *_data(config)]
+    return [
+        *_train(config),
+        *_student(config),
+        *_self_shared(config),
+        *_objective(config),
+        *_optim(config),
+        *_data(config),
+    ]
 
 
 def check_world(config: RunConfig, *, world_size: int) -> int:
@@ -50,8 +57,29 @@ def _student(config: RunConfig) -> Iterator[str]:
             yield f"{key}: {min(layers)} is not a layer; the first one is 0"
 
 
+def _self_shared(config: RunConfig) -> Iterator[str]:
+    teacher, student = config.teacher, config.student
+    if teacher.kind != "self_shared":
+        return
+    if student.model is None:
+        yield "student.model: teacher.kind = 'self_shared' needs it: it names the backbone of both models"
+    try:
+        re.compile(teacher.adapters.pattern)
+    except re.error as error:
+        yield f"teacher.adapters.pattern = {teacher.adapters.pattern!r}: not a regular expression ({error})"
+    adapters, pruning = teacher.adapters, teacher.pruning
+    if adapters.max_rank is not None and adapters.max_rank < adapters.rank:
+        yield f"teacher.adapters.max_rank = {adapters.max_rank}: must be at least the rank, {adapters.rank}"
+    if pruning.end_frac <= pruning.begin_frac:
+        yield (
+            f"teacher.pruning.end_frac = {pruning.end_frac}: must be greater than teacher.pruning.begin_frac = "
+            f"{pruning.begin_frac}"
+        )
+
+
 def _objective(config: RunConfig) -> Iterator[str]:
-    yield from check_objective(config.objective, student=config.student, plugins=config.plugins)
+    shared = config.teacher.kind == "self_shared"
+    yield from check_objective(config.objective, student=config.student, plugins=config.plugins, self_shared=shared)
     for index, plugin in enumerate(config.plugins):
         if not plugin.strip():
             yield f"plugins.{index} = {plugin!r}: must be a module's dotted name or the path of a .py file"

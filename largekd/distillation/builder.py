@@ -20,6 +20,13 @@ from largekd.distillation.layers import decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student, find_sources
 from largekd.distillation.numerics import GradientWatch
+from largekd.distillation.self_shared import (
+    SelfSharedModel,
+    check_shared,
+    serve_shared,
+    share_backbone,
+    shared_objective,
+)
 from largekd.distillation.teachers import build_teacher_model, serve_teacher, teacher_ds_configs
 from largekd.engine.ds_config import train_ds_config
 from largekd.engine.train import TrainEngine
@@ -87,6 +94,9 @@ def build(
         return MainFirst(ranks=ranks, group=control)
 
     sources = find_sources(config, first=first)
+    if config.teacher.kind == "self_shared":
+        check_shared(config, model_config=sources.student_config)
+        objective = shared_objective(objective)
     data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first)
 
     trained = train_ds_config(
@@ -99,6 +109,9 @@ def build(
     teacher_model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
     teacher_decoder = None if teacher_model is None else teacher_model.decoder
     student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
+    shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
+    if shared is not None:
+        teacher_decoder = student
     pairs = find_pairs(
         objective,
         config=config,
@@ -114,14 +127,26 @@ def build(
     )
     chosen = config.objective.selection
     selection = None if chosen is None else TokenSelection(chosen, device=device())
-    teacher = serve_teacher(config, model=teacher_model, sources=sources, ranks=ranks)
+    if shared is None:
+        teacher = serve_teacher(config, model=teacher_model, sources=sources, ranks=ranks)
+    else:
+        steps = data.loader.total_steps()
+        teacher = serve_shared(
+            config, student=shared, objective=objective, alignment=alignment, total_steps=steps, ranks=ranks
+        )
     plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)
     with Together():
         if ranks.is_main:
             write_json(folder / "deepspeed.json", value={**teacher_ds_configs(teacher_model), "student": trained})
-    module = build_distill_model(objective, student=student, alignment=alignment, selection=selection)
+    module = build_distill_model(
+        objective,
+        student=student,
+        alignment=alignment,
+        selection=selection,
+        kind=DistillModel if shared is None else SelfSharedModel,
+    )
     groups = build_groups(module.named_trainables(), config=config.optim)
     if ranks.is_main:
         logger.info("learning-rate groups:\n%s", describe_groups(groups))
@@ -150,6 +175,7 @@ def build_distill_model(
     student: Decoder,
     alignment: Alignment | None = None,
     selection: TokenSelection | None = None,
+    kind: type[DistillModel] = DistillModel,
 ) -> DistillModel:
     """The trainable module of an objective."""
     signal = objective.config.signal
@@ -160,7 +186,7 @@ def build_distill_model(
         selection=None if selection is None else selection.rule,
         compile=objective.config.compile,
     )
-    return DistillModel(student=student, vocabulary=vocabulary, alignment=alignment)
+    return kind(student=student, vocabulary=vocabulary, alignment=alignment)
 
 
 def _build_alignment(

@@ -1,6 +1,6 @@
 """Everything trainable in one module, so that ZeRO-3's hooks see every use of every weight."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from largekd.objectives.vocabulary import VocabularyPass
 from largekd.sharding.shards import register_external
 
 _STUDENT_PREFIX = "student.model."
-_NO_PLAN = AlignmentPlan()
+NO_PLAN = AlignmentPlan()
 
 
 class DistillModel(nn.Module):
@@ -35,7 +35,7 @@ class DistillModel(nn.Module):
         batch: Batch,
         signal: TeacherSignal | None,
         scales: Tensor,
-        plan: AlignmentPlan = _NO_PLAN,
+        plan: AlignmentPlan = NO_PLAN,
         temperature: Tensor | None = None,
         limit: Tensor | None = None,
         measure: bool = False,
@@ -48,6 +48,32 @@ class DistillModel(nn.Module):
         respect to the student's captured activations.
         """
         outputs = self.student(batch=batch, taps=plan.student)
+        return self.losses(
+            outputs,
+            batch=batch,
+            signal=signal,
+            scales=scales,
+            plan=plan,
+            temperature=temperature,
+            limit=limit,
+            measure=measure,
+            term_gradients=term_gradients,
+        )
+
+    def losses(
+        self,
+        outputs: Mapping[str, Tensor],
+        *,
+        batch: Batch,
+        signal: TeacherSignal | None,
+        scales: Tensor,
+        plan: AlignmentPlan,
+        temperature: Tensor | None,
+        limit: Tensor | None,
+        measure: bool,
+        term_gradients: bool,
+    ) -> dict[str, Tensor]:
+        """What `forward` gives, of what the student has put out; called inside of it."""
         spec, terms = self.student.head_spec, len(self.vocabulary.terms)
         results: dict[str, Tensor] = self.vocabulary(
             outputs["last"],

@@ -145,7 +145,7 @@ def train_step(
         with timers.section("teacher"):
             teacher.after_step(totals)
     # The alignment's part was filled by the backward passes.
-    squares = [totals.pop(name) for name in ("squares", "alignment_squares") if name in totals]
+    squares = [totals.pop(name) for name in ("squares", "alignment_squares", "teacher_squares") if name in totals]
     if squares:
         totals["squares"] = torch.cat(squares)
     return StepResult(outcome=outcome, losses=tuple(losses), sums=totals.pop("sums"), extras=totals)
