@@ -10,10 +10,10 @@ from tiny import LENGTH, join_rows, make_rows
 
 from largekd.checkpoint.export import write_export
 from largekd.config.run import RunConfig
-from largekd.contracts import Batch, TapRequest
+from largekd.contracts import Batch
 from largekd.distillation.builder import build_distill_model
 from largekd.distillation.layers import decoder_shape
-from largekd.distillation.self_shared import SelfSharedModel, serve_shared, share_backbone, shared_objective
+from largekd.distillation.self_shared import SelfSharedModel, serve_shared, share_backbone, shared_objective, twice
 from largekd.distillation.step import StepSetting, step_scales, train_step
 from largekd.engine.ds_config import train_ds_config
 from largekd.engine.train import TrainEngine
@@ -176,12 +176,10 @@ def hidden_of_each(*, folder: str, noise: float, packed: bool = True) -> dict[st
     """Last hidden states of the backbone, of each model alone, and of both halves of a forward for both."""
     side = Shared(folder=folder, noise=noise)
     batch = join_rows(make_rows(count=2, packed=packed))
-    from largekd.distillation.self_shared import _twice
-
     with torch.no_grad(), gathering_forward(side.decoder):
         found = {use: side.decoder(batch=batch, adapters=use)["last"] for use in ("student", "teacher")}
         found["plain"] = side.decoder(batch=batch)["last"]
-        both = side.decoder(batch=_twice(batch), adapters="both")["last"]
+        both = side.decoder(batch=twice(batch), adapters="both")["last"]
     found["teacher half"], found["student half"] = both.chunk(2)
     return found
 
@@ -214,12 +212,12 @@ def gradients(*, folder: str, rows: int = 4, **options: Any) -> dict[str, Any]:
 
 def pruning_course(*, folder: str, steps: int, teacher: dict) -> dict[str, Any]:
     """Metrics, kept layers and planned pairs after each step, and the masks at the end."""
-    side = Shared(folder=folder, teacher=teacher, noise=0.1, total_steps=steps).start()
+    accumulation = 2 // dist.get_world_size()
+    side = Shared(folder=folder, teacher=teacher, noise=0.1, total_steps=steps, accumulation=accumulation).start()
     course, pairs = [], []
     for step in range(steps):
-        setting, _ = side.step(
-            own_micro_batches(rows=2, packed=True, micro_batch_size=2, seed=step), step=step, lr=1e-2
-        )
+        batches = own_micro_batches(rows=2, packed=True, micro_batch_size=1, seed=step)
+        setting, _ = side.step(batches, step=step, lr=1e-2)
         pairs.append(setting.plan.pairs[0])
         course.append(dict(side.teacher.metrics) | {"kept": side.student.kept_layers})
     state = {name: value.clone() for name, value in side.student.state().items()}
@@ -273,12 +271,3 @@ def export_pruned(*, folder: str, into: str, targets: dict[str, float]) -> dict[
         dtype=torch.float32,
     )
     return {"logits": logits, "kept": side.student.kept_layers}
-
-
-def taps_of_both(*, folder: str) -> list[int]:
-    """Layers that a forward for both models hands out."""
-    side = Shared(folder=folder)
-    batch = join_rows(make_rows(count=1, packed=True))
-    with torch.no_grad(), gathering_forward(side.decoder):
-        outputs = side.decoder(batch=batch, taps=TapRequest(hidden=(0, 1)))
-    return sorted(side.decoder.taps_of(outputs).hidden)

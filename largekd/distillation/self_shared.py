@@ -64,7 +64,7 @@ class SelfSharedModel(DistillModel):
         """
         assert signal is None, "the signal arises in here"
         layers = sorted({*plan.student.hidden, *plan.teacher.hidden})
-        outputs = self.student(batch=_twice(batch), taps=TapRequest(hidden=tuple(layers)), adapters="both")
+        outputs = self.student(batch=twice(batch), taps=TapRequest(hidden=tuple(layers)), adapters="both")
         rows = len(batch.input_ids_BS)
         teacher = {name: tensor[:rows] for name, tensor in outputs.items()}
         student = {name: tensor[rows:] for name, tensor in outputs.items()}
@@ -160,9 +160,7 @@ def serve_shared(
         if alignment is not None:
             alignment.pair_anew(closest_pairs(objective, kept=kept, depth=student.depth))
 
-    return SelfSharedTeacher(
-        config.teacher, student=student, total_steps=total_steps, is_main=ranks.is_main, repair=repair
-    )
+    return SelfSharedTeacher(config.teacher, student=student, total_steps=total_steps, ranks=ranks, repair=repair)
 
 
 def shared_objective(objective: Objective) -> Objective:
@@ -186,7 +184,7 @@ def closest_pairs(objective: Objective, *, kept: tuple[int, ...], depth: int) ->
     return pairs
 
 
-def _twice(batch: Batch) -> Batch:
+def twice(batch: Batch) -> Batch:
     """The rows once for the teacher and once for the student, for the decoder alone."""
     doubled: dict[str, Any] = {
         name: torch.cat([tensor, tensor])

@@ -11,6 +11,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -217,8 +218,7 @@ def smaller_config(
     }
     try:
         return type(config).from_dict(deepcopy(tree))
-    # Whatever kind of error its validation has; huggingface_hub's strict records have one of their own.
-    except (ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError) as error:
         raise ConfigError(
             f"teacher.pruning.head_groups: a {config.model_type!r} model of width {config.hidden_size} cannot have "
             f"{tree['num_attention_heads']} heads ({str(error).splitlines()[-1].strip()}); choose another share."

@@ -13,7 +13,7 @@ from largekd.contracts import Batch, SignalRequest, TeacherSignal
 from largekd.errors import CheckpointError, TeacherError
 from largekd.models.adapters import adapter_sizes
 from largekd.models.pruning import PrunedStudent, cubic_sparsity
-from largekd.runtime.ranks import all_sum
+from largekd.runtime.ranks import Ranks, all_sum
 
 _FILE = "self_shared.safetensors"
 
@@ -31,13 +31,13 @@ class SelfSharedTeacher:
         *,
         student: PrunedStudent,
         total_steps: int,
-        is_main: bool,
+        ranks: Ranks,
         repair: Callable[[tuple[int, ...]], None],
     ) -> None:
         self._config = config
         self.student = student
         self._total_steps = total_steps
-        self._is_main = is_main
+        self._ranks = ranks
         self._repair = repair
         self._steps = 0
         self._duplicated_frac = adapter_sizes(student.model).duplicated_frac
@@ -60,13 +60,16 @@ class SelfSharedTeacher:
         yield iter([None] * len(micro_batches))
 
     def after_step(self, figures: Mapping[str, Tensor]) -> None:
-        """Learn the saliences; at an update move masks and ranks. A collective call."""
+        """Learn saliences and, at an update, move masks and ranks, until the targets are reached. A collective call."""
         self._steps += 1
         pruning, student = self._config.pruning, self.student
-        student.learn(all_sum(student.step_sums), decay=pruning.salience_decay)
-        before, now = self._done(self._steps - 1), self._done(self._steps)
-        reached = before < 1.0 <= now
-        if not (reached or (0.0 < now < 1.0 and self._steps % pruning.every_steps == 0)):
+        now = self._done(self._steps)
+        if self._done(self._steps - 1) >= 1.0:
+            return
+        # DeepSpeed averages gradients over ranks, so a rank's own are as many times too large.
+        sums = all_sum(student.step_sums) / self._ranks.world_size
+        student.learn(sums, decay=pruning.salience_decay)
+        if now < 1.0 and (now == 0.0 or self._steps % pruning.every_steps):
             return
         student.prune(
             neurons=cubic_sparsity(pruning.neurons, done=now),
@@ -106,7 +109,7 @@ class SelfSharedTeacher:
 
     def save(self, folder: Path) -> None:
         """Write what is the same on all ranks, once."""
-        if self._is_main:
+        if self._ranks.is_main:
             tensors = {name: value.cpu().contiguous() for name, value in self.student.state().items()}
             save_file(tensors | {"steps": tensor(self._steps)}, folder / _FILE)
 
