@@ -18,7 +18,7 @@ METRICS: Mapping[str, str] = {
     "align_weighted/<term>": "the same times its weight",
     "kd/kept_frac": "share of the tokens with a signal that a selection kept",
     "kd/teacher_cross_entropy": "a self-shared teacher's own loss, nats per label token",
-    "prune/neurons_frac": "share of the MLP neurons of a self-shared student that are pruned; likewise head_groups, layers",
+    "prune/neurons_frac": "share of a self-shared student's neurons that are pruned; so head_groups, layers",
     "prune/mean_rank": "ranks in use, mean over a self-shared student's adapters",
     "prune/duplicated_frac": "parameters that a self-shared teacher has for itself, over the backbone's",
     "grad_norm/<term>": "norm of a term's gradient of the activations it reads (`log.term_gradients`)",
