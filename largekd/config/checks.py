@@ -18,6 +18,7 @@ def check_config(config: RunConfig) -> list[str]:
         *check_mixture(config),
         *_student(config),
         *_average(config),
+        *_self_shared(config),
         *_objective(config),
         *_optim(config),
         *_data(config),
@@ -79,8 +80,29 @@ def _average(config: RunConfig) -> Iterator[str]:
         yield f"objective.translation: {kind} has the student's own tokenizer; remove it"
 
 
+def _self_shared(config: RunConfig) -> Iterator[str]:
+    teacher, student = config.teacher, config.student
+    if teacher.kind != "self_shared":
+        return
+    if student.model is None:
+        yield "student.model: teacher.kind = 'self_shared' needs it: it names the backbone of both models"
+    try:
+        re.compile(teacher.adapters.pattern)
+    except re.error as error:
+        yield f"teacher.adapters.pattern = {teacher.adapters.pattern!r}: not a regular expression ({error})"
+    adapters, pruning = teacher.adapters, teacher.pruning
+    if adapters.max_rank is not None and adapters.max_rank < adapters.rank:
+        yield f"teacher.adapters.max_rank = {adapters.max_rank}: must be at least the rank, {adapters.rank}"
+    if pruning.end_frac <= pruning.begin_frac:
+        yield (
+            f"teacher.pruning.end_frac = {pruning.end_frac}: must be greater than teacher.pruning.begin_frac = "
+            f"{pruning.begin_frac}"
+        )
+
+
 def _objective(config: RunConfig) -> Iterator[str]:
-    yield from check_objective(config.objective, student=config.student, plugins=config.plugins)
+    shared = config.teacher.kind == "self_shared"
+    yield from check_objective(config.objective, student=config.student, plugins=config.plugins, self_shared=shared)
     for index, plugin in enumerate(config.plugins):
         if not plugin.strip():
             yield f"plugins.{index} = {plugin!r}: must be a module's dotted name or the path of a .py file"

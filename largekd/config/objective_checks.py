@@ -17,8 +17,10 @@ DEEP_PREFIX = "deep_supervision."
 _RESERVED = ("cross_entropy", "kept_frac")
 
 
-def check_objective(objective: ObjectiveConfig, *, student: StudentConfig, plugins: tuple[str, ...]) -> Iterator[str]:
-    """The rules that the objective's values break, one line each."""
+def check_objective(
+    objective: ObjectiveConfig, *, student: StudentConfig, plugins: tuple[str, ...], self_shared: bool = False
+) -> Iterator[str]:
+    """The rules that the objective's values break, one line each. self_shared: both models are one backbone."""
     yield from _curves(objective)
     yield from _ranges(objective)
     yield from _names(objective)
@@ -27,7 +29,7 @@ def check_objective(objective: ObjectiveConfig, *, student: StudentConfig, plugi
     yield from _signal(objective)
     yield from _translation(objective)
     yield from _selection(objective)
-    yield from _layers(objective, student=student)
+    yield from _self_shared(objective) if self_shared else _layers(objective, student=student)
     yield from _deep_supervision(objective)
 
 
@@ -234,3 +236,26 @@ def _deep_supervision(objective: ObjectiveConfig) -> Iterator[str]:
     for name, aligned in _aligned(objective):
         if aligned.name.startswith(DEEP_PREFIX):
             yield f"{name}.name = {aligned.name!r}: the name is taken; choose another"
+
+
+def _self_shared(objective: ObjectiveConfig) -> Iterator[str]:
+    where = "teacher.kind = 'self_shared'"
+    if objective.signal.kind != "full":
+        yield f"objective.signal.kind = {objective.signal.kind!r}: {where} gives its whole distribution; choose full"
+    if objective.translation is not None:
+        yield f"objective.translation: {where} has the student's own tokenizer; remove it"
+    if objective.attention:
+        yield f"objective.attention: {where} compares hidden states alone (objective.features); remove it"
+    if objective.deep_supervision is not None:
+        yield f"objective.deep_supervision: {where} supervises the last layer alone; remove it"
+    for index, feature in enumerate(objective.features):
+        if not isinstance(feature.layers, ClosestLayersConfig):
+            continue
+        key = f"objective.features.{index}"
+        if not getattr(feature.projector, "shared", False):
+            yield (
+                f"{key}.projector.kind = {feature.projector.kind!r}: with {key}.layers.map = 'closest_non_pruned' and "
+                f"{where} pairs change as layers go; choose a projector with shared: true, such as low_rank_identity"
+            )
+        if feature.loss == "predictive":
+            yield f"{key}.loss = 'predictive': has a predictor for each pair, and with {where} pairs change; choose mse"

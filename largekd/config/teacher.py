@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from largekd.config.adapters import SelfSharedTeacherConfig
 from largekd.config.common import Frozen
 from largekd.config.model import SourceModelConfig
 
@@ -118,6 +119,11 @@ class MixtureTeacherConfig(Frozen):
 
 
 TeacherConfig = Annotated[
-    OnlineTeacherConfig | CachedTeacherConfig | RemoteTeacherConfig | EMATeacherConfig | MixtureTeacherConfig,
+    OnlineTeacherConfig
+    | CachedTeacherConfig
+    | RemoteTeacherConfig
+    | EMATeacherConfig
+    | MixtureTeacherConfig
+    | SelfSharedTeacherConfig,
     Field(discriminator="kind"),
 ]

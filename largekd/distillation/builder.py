@@ -21,6 +21,13 @@ from largekd.distillation.layers import check_deep_layers, decoder_shape, find_p
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student, find_sources
 from largekd.distillation.numerics import GradientWatch
+from largekd.distillation.self_shared import (
+    SelfSharedModel,
+    check_shared,
+    serve_shared,
+    share_backbone,
+    shared_objective,
+)
 from largekd.distillation.teachers import build_teacher_model, serve_teacher, teacher_ds_configs
 from largekd.engine.ds_config import train_ds_config
 from largekd.engine.train import TrainEngine
@@ -88,6 +95,9 @@ def build(
         return MainFirst(ranks=ranks, group=control)
 
     sources = find_sources(config, first=first)
+    if config.teacher.kind == "self_shared":
+        check_shared(config, model_config=sources.student_config)
+        objective = shared_objective(objective)
     data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first)
     check_teacher_data(config, sources=sources, samples=data.samples)
 
@@ -101,6 +111,9 @@ def build(
     teacher_model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
     teacher_decoder = None if teacher_model is None else teacher_model.decoder
     student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
+    shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
+    if shared is not None:
+        teacher_decoder = student
     pairs = find_pairs(
         objective,
         config=config,
@@ -116,14 +129,26 @@ def build(
     )
     chosen = config.objective.selection
     selection = None if chosen is None else TokenSelection(chosen, device=device())
-    teacher = serve_teacher(config, model=teacher_model, sources=sources, ranks=ranks, student=student)
+    if shared is None:
+        teacher = serve_teacher(config, model=teacher_model, sources=sources, ranks=ranks, student=student)
+    else:
+        steps = data.loader.total_steps()
+        teacher = serve_shared(
+            config, student=shared, objective=objective, alignment=alignment, total_steps=steps, ranks=ranks
+        )
     plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)
     with Together():
         if ranks.is_main:
             write_json(folder / "deepspeed.json", value={**teacher_ds_configs(teacher_model), "student": trained})
-    module = build_distill_model(objective, student=student, alignment=alignment, selection=selection)
+    module = build_distill_model(
+        objective,
+        student=student,
+        alignment=alignment,
+        selection=selection,
+        kind=DistillModel if shared is None else SelfSharedModel,
+    )
     groups = build_groups(module.named_trainables(), config=config.optim)
     if ranks.is_main:
         logger.info("learning-rate groups:\n%s", describe_groups(groups))
@@ -152,6 +177,7 @@ def build_distill_model(
     student: Decoder,
     alignment: Alignment | None = None,
     selection: TokenSelection | None = None,
+    kind: type[DistillModel] = DistillModel,
 ) -> DistillModel:
     """The trainable module of an objective. Errors: ConfigError for layers that cannot be supervised."""
     check_deep_layers(objective.deep_layers, student=student)
@@ -163,7 +189,7 @@ def build_distill_model(
         selection=None if selection is None else selection.rule,
         compile=objective.config.compile,
     )
-    return DistillModel(student=student, vocabulary=vocabulary, alignment=alignment, deep_layers=objective.deep_layers)
+    return kind(student=student, vocabulary=vocabulary, alignment=alignment, deep_layers=objective.deep_layers)
 
 
 def _build_alignment(

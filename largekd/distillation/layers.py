@@ -58,6 +58,9 @@ def find_pairs(
             f"objective.features, objective.attention: a teacher of kind {config.teacher.kind!r} has no layers in this "
             "job to compare with; use teacher.kind online or take these terms out."
         )
+    kept: tuple[int, ...] | None = config.student.teacher_layers
+    if config.teacher.kind == "self_shared":
+        kept = tuple(range(depth(student.model)))
     measured = _earlier(folder / LAYERS_FILE) if resumed else {}
     similarity: dict[int, Tensor] = {}
     pairs: dict[str, tuple[LayerPair, ...]] = {}
@@ -75,7 +78,7 @@ def find_pairs(
                 entry.layers,
                 student_depth=depth(student.model),
                 teacher_depth=depth(teacher.model),
-                kept=config.student.teacher_layers,
+                kept=kept,
                 similarity=matrix,
                 key=key,
             )

@@ -14,7 +14,7 @@ from largekd.objectives.vocabulary import VocabularyPass
 from largekd.sharding.shards import register_external
 
 _STUDENT_PREFIX = "student.model."
-_NO_PLAN = AlignmentPlan()
+NO_PLAN = AlignmentPlan()
 
 
 class DistillModel(nn.Module):
@@ -46,7 +46,7 @@ class DistillModel(nn.Module):
         batch: Batch,
         signal: TeacherSignal | None,
         scales: Tensor,
-        plan: AlignmentPlan = _NO_PLAN,
+        plan: AlignmentPlan = NO_PLAN,
         temperature: Tensor | None = None,
         limit: Tensor | None = None,
         measure: bool = False,
@@ -68,7 +68,7 @@ class DistillModel(nn.Module):
             "temperature": temperature,
             "term_gradients": term_gradients,
         }
-        results = self._losses(outputs, scales=scales[:first_deep], plan=plan, limit=limit, measure=measure, **options)
+        results = self.losses(outputs, scales=scales[:first_deep], plan=plan, limit=limit, measure=measure, **options)
         if not self.deep_layers:
             return results
         found = [
@@ -103,7 +103,7 @@ class DistillModel(nn.Module):
         assert norm is not None
         return self._vocabulary(norm(outputs[f"hidden.{layer}"]), **options)
 
-    def _losses(
+    def losses(
         self,
         outputs: Mapping[str, Tensor],
         *,
@@ -116,7 +116,7 @@ class DistillModel(nn.Module):
         measure: bool,
         term_gradients: bool,
     ) -> dict[str, Tensor]:
-        """What the last layer and the alignment add."""
+        """What the last layer and the alignment add to what `forward` gives; called inside of it."""
         terms = len(self.vocabulary.terms)
         results = self._vocabulary(
             outputs["last"],

@@ -10,11 +10,13 @@ from largekd.distillation.builder import Parts
 from largekd.distillation.journal import Journal
 from largekd.models.build import DTYPES
 from largekd.models.export import save_extras, stream_tensors
+from largekd.models.pruning import pruned_config, pruned_tensors
 from largekd.monitoring.memory import process_memory
 from largekd.monitoring.monitor import TENSORBOARD_FOLDER
 from largekd.monitoring.summary import SUMMARY_FILE, EvalFigures, RunSummary
 from largekd.runtime.ranks import Ranks, gather_objects
 from largekd.teachers.ema import EMATeacher
+from largekd.teachers.self_shared import SelfSharedTeacher
 
 EXPORT_FOLDER = "export"
 
@@ -31,6 +33,9 @@ def export_student(parts: Parts, *, folder: Path) -> Path:
         model = parts.teacher.model
     dtype = DTYPES[config.export.dtype or config.train.precision]
 
+    # A self-shared student is smaller than the model it was trained in.
+    pruned = parts.teacher.student if isinstance(parts.teacher, SelfSharedTeacher) else None
+
     def extras(pending: Path) -> None:
         save_extras(
             pending,
@@ -38,11 +43,12 @@ def export_student(parts: Parts, *, folder: Path) -> Path:
             dtype=dtype,
             tokenizer=parts.sources.tokenizer,
             source=parts.sources.tokenizer_folder,
+            model_config=None if pruned is None else pruned_config(pruned),
         )
 
     write_export(
         target,
-        tensors=stream_tensors(model),
+        tensors=stream_tensors(model) if pruned is None else pruned_tensors(pruned),
         max_shard_bytes=config.export.max_shard_bytes,
         save_extras=extras,
         ranks=parts.ranks,

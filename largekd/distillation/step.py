@@ -145,7 +145,8 @@ def train_step(
         with timers.section("teacher"):
             teacher.after_step(totals)
     # The alignment's part was filled by the backward passes.
-    squares = [totals.pop(name) for name in ("squares", "alignment_squares", "deep_squares") if name in totals]
+    parts = ("squares", "alignment_squares", "teacher_squares", "deep_squares")
+    squares = [totals.pop(name) for name in parts if name in totals]
     if squares:
         totals["squares"] = torch.cat(squares)
     return StepResult(outcome=outcome, losses=tuple(losses), sums=totals.pop("sums"), extras=totals)

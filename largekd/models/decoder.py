@@ -3,12 +3,14 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from largekd.contracts import AttentionInputs, Batch, TapRequest, Taps, VocabularyHead
 from largekd.errors import ConfigError
+from largekd.models.adapters import ADAPTERS_KEY, AdapterUse
 from largekd.models.taps import ScoreRule, capturing
 
 logger = logging.getLogger(__name__)
@@ -89,17 +91,20 @@ class Decoder(nn.Module):
         found = [getattr(decoder, name) for name in _FINAL_NORMS if isinstance(getattr(decoder, name, None), nn.Module)]
         return found[0] if len(found) == 1 else None
 
-    def forward(self, *, batch: Batch, taps: TapRequest = _NO_TAPS) -> dict[str, Tensor]:
+    def forward(
+        self, *, batch: Batch, taps: TapRequest = _NO_TAPS, adapters: AdapterUse | None = None
+    ) -> dict[str, Tensor]:
         """`last`: hidden states after the final norm, (B, S, D); and per tapped layer i, see `taps_of`:
 
         `hidden.<i>` (B, S, D); `attention.<i>.query` (B, H, S, d), `.key` and `.value` (B, G, S, d).
+        adapters: for a model that `adapt` has given some, which of them; see AdapterUse. None: the student's.
         """
-        inputs = batch.model_inputs
+        inputs: dict[str, Any] = batch.model_inputs | ({} if adapters is None else {ADAPTERS_KEY: adapters})
         rows, positions = batch.input_ids_BS.shape
         # Flash attention finds the segments of packed rows only in one flattened row.
         flat = batch.position_ids_BS is not None and self.model.config._attn_implementation in _FLATTENING
         if flat:
-            inputs = {name: value.reshape(1, -1) for name, value in inputs.items()}
+            inputs |= {name: value.reshape(1, -1) for name, value in batch.model_inputs.items()}
         with capturing(self.model, request=taps) as capture:
             last = self.model.get_decoder()(**inputs, use_cache=False, return_dict=True).last_hidden_state
         assert capture.covers(taps)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from largekd.sharding.shards import gathered
 
@@ -18,17 +18,26 @@ def stream_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         with gathered([parameter]):
             yield name, parameter.detach()
-    persistent = _persistent_buffers(model)
+    persistent = persistent_buffers(model)
     for name, buffer in model.named_buffers():
         if name in persistent:
             yield name, buffer.detach()
 
 
 def save_extras(
-    folder: Path, *, model: PreTrainedModel, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, source: Path
+    folder: Path,
+    *,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Path,
+    model_config: PretrainedConfig | None = None,
 ) -> None:
-    """Write config.json, the tokenizer with its chat template, and the generation settings of `source`, if any."""
-    config = model.config.__class__.from_dict(model.config.to_dict())
+    """Write config.json, the tokenizer with its chat template, and the generation settings of `source`, if any.
+
+    model_config: of what is exported, where that is less than `model`.
+    """
+    config = model.config.__class__.from_dict((model_config or model.config).to_dict())
     config.dtype = dtype
     config.use_cache = True
     config.architectures = [type(model).__name__]
@@ -40,6 +49,7 @@ def save_extras(
         GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
-def _persistent_buffers(model: PreTrainedModel) -> frozenset[str]:
+def persistent_buffers(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the buffers that belong to a checkpoint."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return frozenset(model.state_dict().keys()) - parameters

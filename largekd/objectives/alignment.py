@@ -79,6 +79,16 @@ class Alignment(nn.Module):
                 )
             self.terms[_key(config)] = term
 
+    def pair_anew(self, pairs: Mapping[str, Sequence[LayerPair]], /) -> None:
+        """From the next plan on compare these layers in the named terms, which have one projector for all pairs."""
+        for config, term in zip(self.configs, self.terms.values(), strict=True):
+            if config.name in pairs:
+                assert isinstance(term, FeatureTerm) and list(term.projectors) == ["shared"] and not term.predictors
+                term.pairs = tuple(pairs[config.name])
+        self.pairs = tuple(
+            tuple(pairs.get(config.name, earlier)) for config, earlier in zip(self.configs, self.pairs, strict=True)
+        )
+
     def plan(self, *, seed: int, step: int) -> AlignmentPlan:
         """What takes part in a step (0 is the first); a function of (seed, step), the same on all ranks."""
         active = tuple(

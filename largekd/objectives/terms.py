@@ -57,11 +57,12 @@ class Summand:
     """One summand of the loss: its factor over the run, and what its sum is divided by (a name of COUNT_NAMES).
 
     `share` says what multiplies `weight`: 1 − α for the task, α·T² for distillation, α for likelihoods (which know no
-    temperature), 1 for alignment. `scale` multiplies it once more. `selective`: a selection of tokens applies.
+    temperature), 1 for alignment, α for alignment with a self-shared teacher, 1 for that teacher's own loss. `scale`
+    multiplies it once more. `selective`: a selection of tokens applies.
     """
 
     name: str
-    share: Literal["task", "distillation", "likelihood", "alignment"]
+    share: Literal["task", "distillation", "likelihood", "alignment", "distilled_alignment", "teacher"]
     weight: float | CurveConfig
     count: str
     selective: bool = False
@@ -70,7 +71,7 @@ class Summand:
     @property
     def metric(self) -> str:
         """Area and name under which the term is logged."""
-        return f"{'align' if self.share == 'alignment' else 'kd'}/{self.name}"
+        return f"{'align' if self.share.endswith('alignment') else 'kd'}/{self.name}"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Objective:
         alpha = self.alpha(step=step, max_steps=max_steps)
         squared = self.temperature(step=step, max_steps=max_steps) ** 2
         shares = {"task": 1.0 - alpha, "distillation": alpha * squared, "likelihood": alpha, "alignment": 1.0}
+        shares |= {"distilled_alignment": alpha, "teacher": 1.0}
         return tuple(
             shares[summand.share]
             * value_at(summand.weight, step=step, max_steps=max_steps)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from largekd.config.adapters import SelfSharedTeacherConfig
 from largekd.config.divergence import SampledSignalConfig, TopKSignalConfig
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.placement import Placements
@@ -19,6 +20,7 @@ from largekd.config.teacher import (
     OnlineTeacherConfig,
     RemoteTeacherConfig,
 )
+from largekd.planner.errors import PlanUnavailableError
 from largekd.planner.locate import read_model_config
 from largekd.planner.memory import MemoryTerm, Side
 from largekd.planner.shapes import ModelShape, read_shape
@@ -53,6 +55,8 @@ def find_teachers(
             (member.name, f"teacher.members.{index}.teacher", member.teacher)
             for index, member in enumerate(teacher.members)
         ]
+    elif isinstance(teacher, SelfSharedTeacherConfig):
+        raise PlanUnavailableError("adapters beside a frozen backbone (teacher.kind 'self_shared') are not counted")
     else:
         entries = [("teacher", "teacher", teacher)]
     found = []
