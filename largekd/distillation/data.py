@@ -13,6 +13,7 @@ from largekd.contracts import Batch, Origin
 from largekd.data.loader import RowLoader, RowSettings, evaluation_batches
 from largekd.data.samples import LoadedSamples, load_samples
 from largekd.data.spans import alignment_report
+from largekd.data.store import SampleStore
 from largekd.data.vocabulary import describe_mapping
 from largekd.distillation.models import First, Sources
 from largekd.errors import ConfigError, DataError
@@ -26,8 +27,9 @@ QUARANTINE_FILE = "quarantine.json"
 
 @dataclass(frozen=True)
 class RunData:
-    """The training steps, the held-out batches (None: there are no held-out data), and a look at the first rows."""
+    """The training samples and steps, the held-out batches (None: there are none), and a look at the first rows."""
 
+    samples: SampleStore
     loader: RowLoader
     evaluation_batches: Callable[[], Iterator[Batch]] | None
     first_rows: Callable[[int], Iterator[Batch]]
@@ -98,13 +100,13 @@ def build_data(config: RunConfig, *, sources: Sources, ranks: Ranks, folder: Pat
         return walk(training, micro_batch_size=train.micro_batch_size, max_rows=count, origin="train")
 
     if held_out is None:
-        return RunData(loader, None, first_rows)
+        return RunData(training.samples, loader, None, first_rows)
 
     def held_out_batches() -> Iterator[Batch]:
         size = config.eval.micro_batch_size or train.micro_batch_size
         return walk(held_out, micro_batch_size=size, max_rows=config.eval.max_rows, origin="eval")
 
-    return RunData(loader, held_out_batches, first_rows)
+    return RunData(training.samples, loader, held_out_batches, first_rows)
 
 
 def _check_translation(
