@@ -32,8 +32,8 @@ ROWS = "rows.jsonl"
 
 # 64 tokens of a problem and 48 of an answer: short enough for two cores.
 SETTINGS = (
-    "train.max_steps=30",
-    "train.global_batch_size=16",
+    "train.max_steps=24",
+    "train.global_batch_size=8",
     "train.micro_batch_size=8",
     "train.sequence_length=111",
     "optim.lr=3e-4",
@@ -65,6 +65,7 @@ def main(argv: list[str]) -> int:
     given = parser.parse_intermixed_args(argv)
     folder = RUNS / given.name
     failed = 0
+    known: dict[str, float] = {}
     try:
         if not given.table:
             overrides = (*SETTINGS, f"student.model={json.dumps(given.student)}", *given.overrides)
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
                     overrides=(*overrides, f"train.seed={seed}"),
                     ranks=given.ranks,
                 )
-                failed += not _row_exists(run, prompts=given.prompts)
+                failed += not _row_exists(run, prompts=given.prompts, known=known)
         sys.stdout.write(table(read_rows(folder / ROWS)) + "\n")
     except LargeKDError as error:
         sys.stderr.write(f"on_policy_gain: {error}\n")
@@ -86,8 +87,11 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _row_exists(run: Run, *, prompts: int) -> bool:
-    """Do the run and write its row unless it is there. Errors: ConfigError for rows of other settings."""
+def _row_exists(run: Run, *, prompts: int, known: dict[str, float]) -> bool:
+    """Do the run and write its row unless it is there; `known` keeps what was measured of the first student.
+
+    Errors: ConfigError for rows of other settings.
+    """
     rows = run.folder.parent / ROWS
     key = {**run.key, "prompts": prompts}
     found = next((row for row in read_rows(rows) if row["seed"] == run.seed), None)
@@ -104,10 +108,10 @@ def _row_exists(run: Run, *, prompts: int) -> bool:
         if not is_finished(run):
             sys.stderr.write(f"seed {run.seed}: not finished (exit status {status}); see {log}\n")
             return False
-    before, after = (
-        reverse_kl_of_samples(config, student=Path(student), prompts=prompts)
-        for student in (str(config.student.model), str(run.folder / "export"))
-    )
+    first = str(config.student.model)
+    if first not in known:
+        known[first] = reverse_kl_of_samples(config, student=Path(first), prompts=prompts)
+    before, after = known[first], reverse_kl_of_samples(config, student=run.folder / "export", prompts=prompts)
     append_row(rows, row={"seed": run.seed, "before": before, "after": after, "ratio": after / before, **key})
     discard_weights(run)
     return True

@@ -45,6 +45,11 @@ def _teacher(config: RunConfig, *, rollouts: RolloutConfig) -> Iterator[str]:
     kinds = [teacher.kind]
     if teacher.kind == "mixture":
         kinds += [member.teacher.kind for member in teacher.members]
+        if teacher.weighting.kind == "routed":
+            yield (
+                "rollouts: teacher.weighting.kind = 'routed' looks a teacher up in a record, and sampled tokens have "
+                "none; choose another kind"
+            )
     if "cached" in kinds:
         yield (
             "rollouts: a cached teacher has no signal for tokens that were sampled after it was stored; choose another "

@@ -64,7 +64,8 @@ class RolloutBuffer:
         """`count` rows for this step."""
         assert self.usable(step=step) >= count, "the shortage is written first"
         taken = self._rows[:count]
-        self._rows = [replace(row, uses=row.uses + 1) for row in taken] + self._rows[count:]
+        used = [replace(row, uses=row.uses + 1) for row in taken]
+        self._rows = [row for row in used if row.uses < self._reuse] + self._rows[count:]
         return taken
 
     def state(self) -> list[dict[str, Any]]:
