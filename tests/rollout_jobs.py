@@ -8,11 +8,13 @@ import torch
 import torch.distributed as dist
 from step_jobs import build_side
 
+from largekd.errors import ConfigError
 from largekd.generation.sampling import DrawRule
 from largekd.generation.writer import Question, StopTokens, Writer
+from largekd.models.replica import whole_bytes, whole_copy
 from largekd.runtime.ranks import current_ranks
 from largekd.sharding.accelerator import device
-from largekd.sharding.shards import resident_bytes
+from largekd.sharding.shards import gathered, is_sharded, resident_bytes
 
 
 def prompts(*, count: int, vocab: int = 101) -> list[list[int]]:
@@ -79,3 +81,35 @@ def plain_answers(*, student: Path, count: int, ends: tuple[int, ...] = (2,)) ->
         written = model.generate(torch.tensor([ids]), max_new_tokens=7, do_sample=False, pad_token_id=2)
         answers.append(written[0, len(ids) :].tolist())
     return answers
+
+
+def copy_model(*, student: str, precision: str) -> dict[str, Any]:
+    """What a whole copy has in common with the sharded model."""
+    side = build_side(teacher=student, student=student, precision=precision)
+    model = side.student.model
+    before = resident_bytes(model)
+    with whole_copy(model, device=device()) as copy:
+        during = resident_bytes(model)
+        weights = {name: parameter.clone() for name, parameter in copy.named_parameters()}
+        result = {
+            "attention": copy.config._attn_implementation == model.config._attn_implementation,
+            "plain": not any(is_sharded(parameter) for parameter in copy.parameters()),
+            "tied": copy.get_output_embeddings().weight is copy.get_input_embeddings().weight,
+            "eval": not copy.training,
+            "buffers": all(torch.equal(a, b) for a, b in zip(copy.buffers(), model.buffers(), strict=True)),
+        }
+    for name, parameter in model.named_parameters():
+        with gathered([parameter]):
+            result[name] = bool(torch.equal(weights[name], parameter)) and weights[name].dtype == parameter.dtype
+    result["bytes"] = before == during == resident_bytes(model) and whole_bytes(model) == sum(
+        weight.numel() * weight.element_size() for weight in weights.values()
+    )
+    model.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
+    try:
+        with whole_copy(model, device=device()):
+            result["refused"] = False
+    except ConfigError as error:
+        result["refused"] = "rollouts.gather=streamed" in str(error)
+    del model.model.extra
+    side.close()
+    return result

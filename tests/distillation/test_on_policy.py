@@ -70,6 +70,21 @@ def test_one_rank_and_two_run_alike(tiny_assets, one_rank, two_ranks, tmp_path, 
         assert mine["tokens"] == theirs["tokens"] and mine["rollout/rows"] == 8.0
         for name in ("loss", "kd/policy_gradient", "kd/reverse_kl", "rollout/reward", "rollout/length"):
             assert mine[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-5), name
+    # Before weights drift apart by rounding, the two differ by rounding alone.
+    for name in ("loss", "optim/grad_norm", "rollout/reward"):
+        assert records[0][0][name] == pytest.approx(records[1][0][name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_size_of_micro_batches_changes_nothing(tiny_assets, one_rank, tmp_path, packing):
+    changes = {"rollouts": POLICY, "data__packing": packing, "train__max_steps": 2, "log__tensorboard": False}
+    for size in (1, 8):
+        tree = _settings(tiny_assets, tmp_path / str(size), **changes, train__micro_batch_size=size)
+        one_rank.run(distil, tree={**tree, "optim": {"lr": 1e-3}})
+    one, eight = (metrics(tmp_path / str(size)) for size in (1, 8))
+    assert 0 < one[0]["rollout/rows"] < 8
+    for name in ("loss", "kd/policy_gradient", "kd/cross_entropy", "optim/grad_norm"):
+        assert one[0][name] == pytest.approx(eight[0][name], rel=1e-5, abs=1e-7), name
 
 
 def test_without_a_share_the_run_is_the_same_bit_for_bit(tiny_assets, one_rank, tmp_path):
