@@ -89,8 +89,8 @@ class Writer:
     def write(self, questions: Sequence[Question], *, calls: int, beat: Callable[[], None]) -> list[Answer]:
         """Answers in the order of the questions, `batch_size` at a time. A collective call.
 
-        calls: batches that every rank writes, at least as many as this rank's questions need; a rank that has no
-        question left repeats its first one (or a single token) and throws the answer away.
+        calls: batches that every rank writes, at least as many as this rank's questions need. A streamed rank that has
+        no question left goes on from a single token, and throws that away.
         """
         assert len(questions) <= calls * self._batch_size
         answers: list[Answer] = []
