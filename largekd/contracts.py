@@ -14,8 +14,8 @@ from torch import Tensor
 
 IGNORE_LABEL = -100
 
-Origin = Literal["train", "eval"]
-"""Which data set a batch's samples come from."""
+Origin = Literal["train", "eval", "rollout"]
+"""Which data set a batch's samples come from; rollout: some were generated, and are in no data set."""
 
 HEALTH_NAMES = (
     "token_weight",
@@ -58,6 +58,10 @@ class Batch:
     `segment_BS` numbers the samples of a row from 1; 0 is fill. `translation` is there when the teacher has another
     tokenizer. `origin` says which data set the samples' ids belong to. `teacher_BS`: where records name one of several
     teachers, its place among them, −1 where they name none.
+
+    Generated rows: `task_weight_BS` is the label's weight in the cross-entropy (None: its token weight);
+    `advantage_BS` and `sampled_logq_BS` are what the policy gradient needs of each sampled label: how much better than
+    expected it was, and its log-probability when it was drawn; `sampled_BS` is 1 there and 0 at other labels.
     """
 
     input_ids_BS: Tensor
@@ -71,6 +75,10 @@ class Batch:
     translation: "Translation | None" = None
     origin: Origin = "train"
     teacher_BS: Tensor | None = None
+    task_weight_BS: Tensor | None = None
+    advantage_BS: Tensor | None = None
+    sampled_logq_BS: Tensor | None = None
+    sampled_BS: Tensor | None = None
 
     def to(self, *, device: torch.device) -> "Batch":
         """This batch with its tensors on `device`; the copies are asynchronous where memory is pinned."""
@@ -150,7 +158,7 @@ class Translation:
         return replace(self, teacher=self.teacher.to(device=device), **moved)
 
 
-COUNT_NAMES = ("label_tokens", "signal_tokens", "spans", "positions", "samples")
+COUNT_NAMES = ("label_tokens", "signal_tokens", "spans", "positions", "samples", "task_tokens", "sampled_tokens")
 """What terms may be divided by, each a sum over a step's micro-batches and ranks; see `counts_of`."""
 
 
@@ -161,12 +169,24 @@ def counts_of(micro_batches: Sequence[Batch]) -> Tensor:
     with a translation those whose label is a group of its own. spans: scored groups of several student tokens, times
     the weight of their first token.
     positions: positions of samples, fill left out; with a translation its groups. samples: samples with at least two
-    such positions.
+    such positions. task_tokens: label_tokens by the weights of the cross-entropy. sampled_tokens: label_tokens that
+    the student drew, for the policy gradient.
     """
     total = torch.zeros(len(COUNT_NAMES), dtype=torch.float64)
     for batch in micro_batches:
-        total += torch.tensor(_counts_of_one(batch), dtype=torch.float64)
+        total += torch.tensor([*_counts_of_one(batch), *_generated_counts(batch)], dtype=torch.float64)
     return total
+
+
+def _generated_counts(batch: Batch) -> list[float]:
+    weight_T = batch.token_weight_BS.flatten()[batch.counted_T].double()
+    task_T = weight_T
+    if batch.task_weight_BS is not None:
+        task_T = batch.task_weight_BS.flatten()[batch.counted_T].double()
+    if batch.sampled_BS is None:
+        return [float(task_T.sum()), 0.0]
+    sampled_T = batch.sampled_BS.flatten()[batch.counted_T].double()
+    return [float(task_T.sum()), float((weight_T * sampled_T).sum())]
 
 
 def _counts_of_one(batch: Batch) -> list[float]:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from largekd.config.objective_checks import check_objective
+from largekd.config.rollout_checks import check_rollouts
 from largekd.config.run import RunConfig
 from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig
 from largekd.config.teacher_checks import check_mixture
@@ -22,6 +23,7 @@ def check_config(config: RunConfig) -> list[str]:
         *_objective(config),
         *_optim(config),
         *_data(config),
+        *check_rollouts(config),
     ]
 
 

@@ -8,6 +8,7 @@ from largekd.config.data import DataConfig, EvalConfig
 from largekd.config.model import StudentConfig
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.output import CheckpointConfig, ExportConfig, LogConfig, RunFolderConfig
+from largekd.config.rollouts import RolloutConfig
 from largekd.config.teacher import TeacherConfig
 from largekd.config.train import OptimConfig, TrainConfig
 
@@ -23,6 +24,9 @@ class RunConfig(Frozen):
     train: TrainConfig
     optim: OptimConfig = Field(default_factory=OptimConfig)
     objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    rollouts: RolloutConfig | None = Field(
+        None, description="Rows that the student or the teacher writes during the run; null: the data alone."
+    )
     plugins: tuple[str, ...] = Field(
         (), description="Python modules (dotted name, or path of a .py file) with TERMS = {name: function}."
     )

@@ -4,6 +4,7 @@ Ids of fill are never looked at: masks come from segments, because a tokenizer's
 """
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,8 +18,25 @@ from largekd.data.translation import WIDTH_MULTIPLE, translate
 FILL_ID = 0
 
 
+class Samples(Protocol):
+    """What is read of samples to write them in rows; see SampleStore, which has the teacher's tokens too."""
+
+    @property
+    def weights(self) -> Any:
+        """Weight by sample id."""
+
+    def ids(self, sample: int) -> NDArray[np.int32]:
+        """Token ids."""
+
+    def label_mask(self, sample: int) -> NDArray[np.uint8] | None:
+        """1 where a token is a label; None: all."""
+
+    def token_weights(self, sample: int) -> NDArray[np.float32] | None:
+        """Weight of each token; None: 1."""
+
+
 def collate(
-    rows: Sequence[Row], *, samples: SampleStore, sequence_length: int, packing: bool, origin: Origin = "train"
+    rows: Sequence[Row], *, samples: Samples, sequence_length: int, packing: bool, origin: Origin = "train"
 ) -> Batch:
     """One micro-batch of `rows`; an empty row is filler without a counted position.
 
@@ -49,6 +67,9 @@ def collate(
         positions[place, used:] = np.arange(width - used)
         mask[place, : used or width] = 1
     counted = np.flatnonzero((labels != IGNORE_LABEL) & (weights > 0))
+    translation = None
+    if isinstance(samples, SampleStore) and samples.is_translated:
+        translation = translate(rows, samples=samples, width=width, counted_T=counted)
     return Batch(
         input_ids_BS=torch.from_numpy(ids),
         labels_BS=torch.from_numpy(labels),
@@ -58,7 +79,7 @@ def collate(
         position_ids_BS=torch.from_numpy(positions) if packing else None,
         segments=tuple(rows),
         segment_BS=torch.from_numpy(numbers),
-        translation=translate(rows, samples=samples, width=width, counted_T=counted) if samples.is_translated else None,
+        translation=translation,
         origin=origin,
         teacher_BS=None if teachers is None else torch.from_numpy(teachers),
     )
@@ -72,7 +93,7 @@ def _padded_width(rows: Sequence[Row], *, sequence_length: int) -> int:
 def _write(
     segment: Segment,
     *,
-    samples: SampleStore,
+    samples: Samples,
     ids: NDArray[np.int64],
     labels: NDArray[np.int64],
     weights: NDArray[np.float32],

@@ -21,6 +21,7 @@ from largekd.distillation.layers import check_deep_layers, decoder_shape, find_p
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student, find_sources
 from largekd.distillation.numerics import GradientWatch
+from largekd.distillation.rollouts import build_rollouts
 from largekd.distillation.self_shared import (
     SelfSharedModel,
     check_shared,
@@ -31,6 +32,7 @@ from largekd.distillation.self_shared import (
 from largekd.distillation.teachers import build_teacher_model, serve_teacher, teacher_ds_configs
 from largekd.engine.ds_config import train_ds_config
 from largekd.engine.train import TrainEngine
+from largekd.generation.rollouts import Rollouts
 from largekd.models.decoder import Decoder
 from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.layer_maps import LayerPair
@@ -66,6 +68,7 @@ class Parts:
     loader: RowLoader
     evaluation_batches: Callable[[], Iterator[Batch]] | None
     resumable: bool
+    rollouts: Rollouts | None = None
 
     def close(self) -> None:
         """Take both engines down."""
@@ -89,7 +92,7 @@ def build(
     """
     accumulation = check_world(config, world_size=ranks.world_size)
     placements = read_placements(config)
-    objective = build_objective(config.objective, plugins=load_plugins(config.plugins))
+    objective = build_objective(config.objective, plugins=load_plugins(config.plugins), rollouts=config.rollouts)
 
     def first() -> MainFirst:
         return MainFirst(ranks=ranks, group=control)
@@ -139,6 +142,15 @@ def build(
     plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)
+    rollouts = build_rollouts(
+        config,
+        samples=data.samples["train"],
+        sources=sources,
+        student=student,
+        teacher_decoder=teacher_decoder,
+        teacher=teacher,
+        ranks=ranks,
+    )
     with Together():
         if ranks.is_main:
             write_json(folder / "deepspeed.json", value={**teacher_ds_configs(teacher_model), "student": trained})
@@ -168,6 +180,7 @@ def build(
         evaluation_batches=data.evaluation_batches,
         # Restored by DeepSpeed without learning rate and moments, and without an error.
         resumable=offload_device(placements.student, "offload_optimizer") != "nvme",
+        rollouts=rollouts,
     )
 
 

@@ -13,6 +13,7 @@ from largekd.distillation.step import StepResult, StepSetting, step_scales, trai
 from largekd.distillation.window import Window
 from largekd.errors import NumericsError
 from largekd.evaluation.heldout import evaluate
+from largekd.generation.texts import sample_texts
 from largekd.monitoring.memory import memory_figures
 from largekd.monitoring.meters import Meters
 from largekd.monitoring.monitor import Monitor
@@ -183,6 +184,10 @@ def _report(session: Session, *, window: Window, progress: Progress, result: Ste
     for summand, factor in zip(parts.objective.summands, setting.factors, strict=True):
         values[f"schedule/factor/{summand.name}"] = factor
     values |= parts.teacher.metrics
+    values |= {} if parts.rollouts is None else parts.rollouts.metrics
     values |= {f"optim/lr/{name}": rate for name, rate in parts.engine.learning_rates().items()}
     values |= memory_figures(accelerator_peak_bytes=None if on_cpu() else peak_memory_bytes)
     session.monitor.log(step=step, values=values)
+    if parts.rollouts is not None and config.rollouts is not None and config.rollouts.log_samples:
+        shown = parts.rollouts.latest[: config.rollouts.log_samples]
+        session.monitor.log_texts(step=step, texts=sample_texts(shown, tokenizer=parts.sources.tokenizer))

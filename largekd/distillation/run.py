@@ -1,7 +1,7 @@
 """One run from its configuration to its exported student: the whole pipeline, in order."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from largekd.checkpoint.manifest import read_manifest
 from largekd.checkpoint.state import JsonOwner, RandomOwner, StateOwner, load_state, save_state
 from largekd.config.render import render_config
 from largekd.config.run import RunConfig
+from largekd.contracts import Batch
 from largekd.distillation.builder import Parts, build
 from largekd.distillation.folder import CHECKPOINT_FOLDER, mark_done, open_folder
 from largekd.distillation.journal import Journal
@@ -123,7 +124,14 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         if not _assess(session, journal=journal, name="before"):
             _stopped(session, journal=journal)
             return None
-        if not run_steps(session, steps=iter(parts.loader), journal=journal, save=save):
+        steps: Iterator[Sequence[Batch]] = iter(parts.loader)
+        if parts.rollouts is not None:
+
+            def writing() -> None:
+                watchdog.beat("rollout", allowed_s=_SLOW * timeout_s)
+
+            steps = parts.rollouts.steps(steps, first=journal.progress.step, beat=writing)
+        if not run_steps(session, steps=steps, journal=journal, save=save):
             _stopped(session, journal=journal)
             return None
         save()
@@ -156,6 +164,8 @@ def _owners(parts: Parts, *, journal: Journal, ranks: Ranks) -> dict[str, StateO
     }
     if parts.teacher.state is not None:
         owners["teacher"] = parts.teacher.state
+    if parts.rollouts is not None:
+        owners["rollouts"] = JsonOwner(get=parts.rollouts.state, put=parts.rollouts.restore, ranks=ranks)
     if parts.selection is not None:
         owners["selection"] = JsonOwner(get=parts.selection.state, put=parts.selection.restore, ranks=ranks)
     return owners

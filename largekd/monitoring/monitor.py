@@ -33,6 +33,7 @@ class Monitor:
         self._last_step = resume_step
         self._records: list[Sink] = []
         self._evaluations: list[Sink] = []
+        self._tensorboard: TensorBoardSink | None = None
         self._closing = ExitStack()
         if is_main:
             with ExitStack() as opened:
@@ -57,6 +58,13 @@ class Monitor:
         ordered = {name: values[name] for name in (*REQUIRED, *(n for n in values if n not in REQUIRED))}
         for sink in self._records:
             sink.write(step=step, values=ordered)
+
+    def log_texts(self, *, step: int, texts: Mapping[str, str]) -> None:
+        """Shows texts (Markdown, by `area/name`) in TensorBoard, and nowhere else."""
+        for name in texts:
+            check_name(name)
+        if texts and self._tensorboard is not None:
+            self._tensorboard.write_texts(step=step, texts=texts)
 
     def log_evaluation(self, *, step: int, values: Mapping[str, float]) -> None:
         """Writes an evaluation that is not part of a training step's record, such as the one before step 1.
@@ -89,6 +97,7 @@ class Monitor:
         if self._config.tensorboard:
             tensorboard = TensorBoardSink(folder / TENSORBOARD_FOLDER, resume_step=resume_step)
             opened.callback(tensorboard.close)
+            self._tensorboard = tensorboard
             self._records.append(tensorboard)
             self._evaluations.append(tensorboard)
         if self._config.progress:

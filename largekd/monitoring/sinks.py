@@ -85,6 +85,13 @@ class TensorBoardSink:
             cast("FileWriter", self._writer.file_writer).add_summary(Summary(value=scalars), step)
             self._writer.flush()
 
+    def write_texts(self, *, step: int, texts: Mapping[str, str]) -> None:
+        """Writes texts, by name, for TensorBoard's text page, and flushes them."""
+        with writing(self._folder):
+            for name, text in texts.items():
+                self._writer.add_text(self._tags.tag(name), text, step)
+            self._writer.flush()
+
     def close(self) -> None:
         """Closes the event file."""
         with writing(self._folder):

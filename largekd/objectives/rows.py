@@ -29,7 +29,7 @@ from largekd.objectives.readings import (
     sparse_reading,
 )
 from largekd.objectives.selection import ScoreName, SelectionRule, bounded
-from largekd.objectives.terms import SpanLikelihood, VocabularyTerm
+from largekd.objectives.terms import PolicyGradient, SpanLikelihood, VocabularyTerm
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class RowPlan:
     @property
     def distils(self) -> bool:
         """Whether a term of this plan is evaluated row by row on the teacher's distribution."""
-        return any(term.divergence and not isinstance(term.divergence, SpanLikelihood) for term in self.terms)
+        outside = (SpanLikelihood, PolicyGradient)
+        return any(term.divergence and not isinstance(term.divergence, outside) for term in self.terms)
 
     @property
     def reads_teacher(self) -> bool:
@@ -330,7 +331,7 @@ def _terms(
             values.append(cross_entropy(full_logq_RV, block.labels_R))
             hard_R = factor_R if hard_R is None else hard_R + factor_R
             continue
-        if isinstance(divergence, SpanLikelihood):
+        if isinstance(divergence, SpanLikelihood | PolicyGradient):
             values.append(torch.zeros_like(factor_R))  # its value belongs to several rows and is added outside
             continue
         factor_R = factor_R if taken_R is None else factor_R * taken_R

@@ -160,10 +160,14 @@ class Sweep:
 
 @dataclass(frozen=True)
 class _TokenInputs:
-    """What is known of each counted token: labels, weights, factors (token weight · scale), the teacher's signal."""
+    """What is known of each counted token: labels, weights, factors (token weight · scale), the teacher's signal.
+
+    weight_TN: the token's weight in each term, one column where they are all the same.
+    """
 
     labels_T: Tensor
     weight_T: Tensor
+    weight_TN: Tensor
     factor_TN: Tensor
     present_T: Tensor | None
     sparse: SparseRows | None
@@ -172,11 +176,17 @@ class _TokenInputs:
     def of(cls, sweep: Sweep, /, *, factors: Tensor) -> "_TokenInputs":
         batch, signal = sweep.batch, sweep.signal
         weight_T = batch.token_weight_BS.reshape(-1)[batch.counted_T].to(factors.dtype)
+        weight_TN = weight_T[:, None]
+        if batch.task_weight_BS is not None:
+            task_T = batch.task_weight_BS.reshape(-1)[batch.counted_T].to(factors.dtype)
+            of_terms = [task_T if term.divergence is None else weight_T for term in sweep.plan.terms]
+            weight_TN = torch.stack(of_terms, dim=-1)
         present_T = signal.present_T if isinstance(signal, HiddenSignal | TopKSignal) else None
         return cls(
             labels_T=batch.labels_BS.reshape(-1)[batch.counted_T],
             weight_T=weight_T,
-            factor_TN=weight_T[:, None] * factors,
+            weight_TN=weight_TN,
+            factor_TN=weight_TN * factors,
             present_T=None if present_T is None else present_T.to(factors.dtype),
             sparse=_sparse_rows(signal, dtype=factors.dtype) if sweep.plan.reads_teacher else None,
         )
@@ -223,7 +233,7 @@ class _TokenOutputs:
         weight_T, present_T = inputs.weight_T, inputs.present_T
         weight_S = (weight_T if present_T is None else weight_T * present_T)[: self.score_T.numel()]
         return SweepResult(
-            sums=(self.values_TN * weight_T[:, None]).sum(0),
+            sums=(self.values_TN * inputs.weight_TN).sum(0),
             health=self.health_TH.sum(0),
             kept=(self.keep_T * weight_S).sum(0, keepdim=True),
             histogram=histogram(self.score_T, weight_T=weight_S) if self.scored else self.score_T,

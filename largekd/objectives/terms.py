@@ -26,6 +26,7 @@ from largekd.config.divergence import (
 )
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.objective_checks import DEEP_PREFIX
+from largekd.config.rollouts import RolloutConfig
 from largekd.config.schedule import CurveConfig, extremes
 from largekd.contracts import SampledRequest, SignalRequest, TapRequest, TopKRequest
 from largekd.errors import ConfigError
@@ -40,16 +41,23 @@ class SpanLikelihood:
 
 
 @dataclass(frozen=True)
+class PolicyGradient:
+    """Marks the term of `policy.py`, whose rewards come with the batch; `clip` None: ratios are not limited."""
+
+    clip: float | None
+
+
+@dataclass(frozen=True)
 class VocabularyTerm:
     """A term of the fused pass; `divergence` None is the cross-entropy of the labels at temperature 1."""
 
     name: str
-    divergence: divergences.Divergence | PluginTerm | SpanLikelihood | None
+    divergence: divergences.Divergence | PluginTerm | SpanLikelihood | PolicyGradient | None
 
     @property
     def reads_teacher(self) -> bool:
         """Whether it depends on the teacher."""
-        return self.divergence is not None
+        return self.divergence is not None and not isinstance(self.divergence, PolicyGradient)
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,12 @@ class Summand:
     """One summand of the loss: its factor over the run, and what its sum is divided by (a name of COUNT_NAMES).
 
     `share` says what multiplies `weight`: 1 − α for the task, α·T² for distillation, α for likelihoods (which know no
-    temperature), 1 for alignment, α for alignment with a self-shared teacher, 1 for that teacher's own loss. `scale`
-    multiplies it once more. `selective`: a selection of tokens applies.
+    temperature), 1 for alignment and for the policy gradient, α for alignment with a self-shared teacher, 1 for that
+    teacher's own loss. `scale` multiplies it once more. `selective`: a selection of tokens applies.
     """
 
     name: str
-    share: Literal["task", "distillation", "likelihood", "alignment", "distilled_alignment", "teacher"]
+    share: Literal["task", "distillation", "likelihood", "alignment", "distilled_alignment", "teacher", "policy"]
     weight: float | CurveConfig
     count: str
     selective: bool = False
@@ -98,8 +106,15 @@ class Objective:
         """What each summand's mean is multiplied by at a step."""
         alpha = self.alpha(step=step, max_steps=max_steps)
         squared = self.temperature(step=step, max_steps=max_steps) ** 2
-        shares = {"task": 1.0 - alpha, "distillation": alpha * squared, "likelihood": alpha, "alignment": 1.0}
-        shares |= {"distilled_alignment": alpha, "teacher": 1.0}
+        shares = {
+            "task": 1.0 - alpha,
+            "distillation": alpha * squared,
+            "likelihood": alpha,
+            "alignment": 1.0,
+            "policy": 1.0,
+            "distilled_alignment": alpha,
+            "teacher": 1.0,
+        }
         return tuple(
             shares[summand.share]
             * value_at(summand.weight, step=step, max_steps=max_steps)
@@ -131,7 +146,12 @@ class Objective:
         return "full"
 
 
-def build_objective(config: ObjectiveConfig, *, plugins: Mapping[str, PluginFunction] | None = None) -> Objective:
+def build_objective(
+    config: ObjectiveConfig,
+    *,
+    plugins: Mapping[str, PluginFunction] | None = None,
+    rollouts: RolloutConfig | None = None,
+) -> Objective:
     """The terms that have a weight at some step.
 
     Errors: ConfigError when none is left, and for a plugin's term that no module has.
@@ -141,7 +161,7 @@ def build_objective(config: ObjectiveConfig, *, plugins: Mapping[str, PluginFunc
     low, high = extremes(config.alpha)
     if low < 1.0:
         vocabulary.append(VocabularyTerm("cross_entropy", None))
-        summands.append(Summand("cross_entropy", "task", 1.0, "label_tokens"))
+        summands.append(Summand("cross_entropy", "task", 1.0, "task_tokens"))
     for entry in config.divergences if high > 0.0 else ():
         if extremes(entry.weight)[1] <= 0.0:
             continue
@@ -151,6 +171,10 @@ def build_objective(config: ObjectiveConfig, *, plugins: Mapping[str, PluginFunc
             summands.append(Summand(name, "likelihood", entry.weight, "spans"))
         else:
             summands.append(Summand(name, "distillation", entry.weight, "signal_tokens", selective=True))
+    if rollouts is not None and rollouts.share > 0 and rollouts.policy_gradient is not None:
+        chosen = rollouts.policy_gradient
+        vocabulary.append(VocabularyTerm("policy_gradient", PolicyGradient(clip=chosen.clip)))
+        summands.append(Summand("policy_gradient", "policy", chosen.weight, "sampled_tokens"))
     deep, deep_layers = _deep_summands(config, summands=summands)
     features = tuple(entry for entry in config.features if extremes(entry.weight)[1] > 0.0)
     attention = tuple(entry for entry in config.attention if extremes(entry.weight)[1] > 0.0)

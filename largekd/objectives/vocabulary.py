@@ -30,12 +30,13 @@ from largekd.contracts import (
 )
 from largekd.objectives.compiled import RowFunction
 from largekd.objectives.mixture import MixtureRule
+from largekd.objectives.policy import clipped_terms
 from largekd.objectives.readings import SparseKind
 from largekd.objectives.rows import HeadShape, RowPlan
 from largekd.objectives.selection import SelectionRule
 from largekd.objectives.spans import label_log_probabilities, span_terms
 from largekd.objectives.sweep import Gradients, StudentSide, Sweep, SweepResult
-from largekd.objectives.terms import SpanLikelihood, VocabularyTerm
+from largekd.objectives.terms import PolicyGradient, SpanLikelihood, VocabularyTerm
 
 
 class VocabularyPass(nn.Module):
@@ -190,7 +191,35 @@ def _shape(head: VocabularyHead, /) -> HeadShape:
 def _run(sweep: Sweep, /, *, student: StudentSide, factors: Tensor, gradients: Gradients) -> SweepResult:
     """The walk with the terms' own dtypes, whatever autocast says around it."""
     with torch.autocast(student.hidden_PD.device.type, enabled=False):
+        if sweep.batch.advantage_BS is not None:
+            return _with_policy(sweep, student=student, factors=factors, gradients=gradients)
         return _with_spans(sweep, student=student, factors=factors, gradients=gradients)
+
+
+def _with_policy(sweep: Sweep, /, *, student: StudentSide, factors: Tensor, gradients: Gradients) -> SweepResult:
+    """The walk, with the policy gradient added: ratios of a batch's sampled labels are known before it begins."""
+    places = [i for i, term in enumerate(sweep.plan.terms) if isinstance(term.divergence, PolicyGradient)]
+    if not places:
+        return sweep.run(student, factors=factors, gradients=gradients)
+    (place,) = places
+    policy, batch, counted_T = sweep.plan.terms[place].divergence, sweep.batch, sweep.batch.counted_T
+    assert isinstance(policy, PolicyGradient) and batch.advantage_BS is not None and batch.sampled_logq_BS is not None
+    logq_T = label_log_probabilities(
+        student.hidden_PD[counted_T],
+        batch.labels_BS.reshape(-1)[counted_T],
+        weight_VD=student.weight_VD,
+        bias_V=student.bias_V,
+        head=sweep.plan.student,
+        chunk_tokens=sweep.chunk_tokens,
+    )
+    own = (batch.token_weight_BS, batch.advantage_BS, batch.sampled_logq_BS)
+    weight_T, advantage_T, sampled_T = (tensor.reshape(-1)[counted_T].to(logq_T.dtype) for tensor in own)
+    value_T, slope_T = clipped_terms(logq_T, sampled_logq_T=sampled_T, advantage_T=advantage_T, clip=policy.clip)
+    hard_T = -slope_T * weight_T * factors[place].to(weight_T.dtype)
+    result = replace(sweep, hard_T=hard_T).run(student, factors=factors, gradients=gradients)
+    sums = result.sums.clone()
+    sums[place] = (value_T * weight_T).sum().to(sums.dtype)
+    return replace(result, sums=sums)
 
 
 def _with_spans(sweep: Sweep, /, *, student: StudentSide, factors: Tensor, gradients: Gradients) -> SweepResult:

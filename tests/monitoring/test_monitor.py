@@ -127,3 +127,25 @@ def test_steps_to_log(tmp_path: Path):
     assert [step for step in range(1, 8) if monitor.is_health_step(step)] == [2, 4, 6]
     never = open_monitor(tmp_path, config=LogConfig.model_validate({"health_every_steps": 0}), is_main=False)
     assert not any(never.is_health_step(step) for step in range(1, 8))
+
+
+def test_texts_go_to_tensorboard_alone_and_are_cut_on_resume(tmp_path: Path):
+    with open_monitor(tmp_path) as monitor:
+        for step in (1, 2):
+            monitor.log(step=step, values=VALUES)
+            monitor.log_texts(step=step, texts={"rollout/sample_0": f"answer {step}"})
+    assert "answer" not in (tmp_path / "metrics.jsonl").read_text()
+    with open_monitor(tmp_path, resume_step=1) as monitor:
+        monitor.log_texts(step=2, texts={"rollout/sample_0": "another answer"})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (tag,) = events.Tags()["tensors"]
+    found = sorted((event.step, event.tensor_proto.string_val[0]) for event in events.Tensors(tag))
+    assert found == [(1, b"answer 1"), (2, b"another answer")]
+
+
+def test_texts_are_nobodys_without_tensorboard(tmp_path: Path):
+    quiet = LogConfig.model_validate({"tensorboard": False})
+    with open_monitor(tmp_path, config=quiet) as monitor:
+        monitor.log_texts(step=1, texts={"rollout/sample_0": "answer"})
+    assert not (tmp_path / "tensorboard").exists()

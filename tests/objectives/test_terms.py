@@ -28,7 +28,7 @@ def test_factors_and_order() -> None:
     assert built.factors(step=0, max_steps=5) == (0.75, 0.25 * 4 * 2.0, 0.25 * 4, 0.25 * 4 * 0.5)
     found = [term.divergence for term in built.vocabulary]
     assert found == [None, divergences.forward_kl, divergences.reverse_kl, divergences.JSD(mix=0.1)]
-    assert [summand.count for summand in built.summands] == ["label_tokens"] + ["signal_tokens"] * 3
+    assert [summand.count for summand in built.summands] == ["task_tokens"] + ["signal_tokens"] * 3
 
 
 def test_every_divergence_has_its_function() -> None:

@@ -1,0 +1,1 @@
+"""Generation: text that a model writes during a run."""
