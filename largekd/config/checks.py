@@ -5,13 +5,21 @@ from collections import Counter
 from collections.abc import Iterator
 
 from largekd.config.objective_checks import check_objective
+from largekd.config.remote_checks import check_remote
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError
 
 
 def check_config(config: RunConfig) -> list[str]:
     """The rules that the values break together, one line each; empty when the run can be built."""
-    return [*_train(config), *_student(config), *_objective(config), *_optim(config), *_data(config)]
+    return [
+        *_train(config),
+        *_student(config),
+        *_objective(config),
+        *_optim(config),
+        *_data(config),
+        *check_remote(config.teacher),
+    ]
 
 
 def check_world(config: RunConfig, *, world_size: int) -> int:

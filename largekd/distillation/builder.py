@@ -20,6 +20,7 @@ from largekd.distillation.layers import decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student, find_sources
 from largekd.distillation.numerics import GradientWatch
+from largekd.distillation.remote import Surroundings
 from largekd.distillation.teachers import build_teacher_model, serve_teacher, teacher_ds_configs
 from largekd.engine.ds_config import train_ds_config
 from largekd.engine.train import TrainEngine
@@ -72,10 +73,11 @@ def build(
     folder: Path,
     control: dist.ProcessGroup | None = None,
     resumed: bool = False,
+    around: Surroundings | None = None,
 ) -> Parts:
     """Build a run's parts, cheapest checks first. A collective call; `control` is for agreements that may take long.
 
-    resumed: a checkpoint will be loaded into the parts.
+    resumed: a checkpoint will be loaded into the parts. around: what a teacher that may wait takes from the run.
 
     Errors: any LargeKDError; the message names the key to change.
     """
@@ -114,7 +116,7 @@ def build(
     )
     chosen = config.objective.selection
     selection = None if chosen is None else TokenSelection(chosen, device=device())
-    teacher = serve_teacher(config, model=teacher_model, sources=sources, ranks=ranks)
+    teacher = serve_teacher(config, model=teacher_model, sources=sources, ranks=ranks, around=around)
     plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)

@@ -6,8 +6,9 @@ from typing import Any
 
 from largekd.config.placement import Placements
 from largekd.config.run import RunConfig
-from largekd.config.teacher import OnlineTeacherConfig
+from largekd.config.teacher import OnlineTeacherConfig, RemoteTeacherConfig
 from largekd.distillation.models import Sources, build_teacher
+from largekd.distillation.remote import Surroundings, build_remote
 from largekd.engine.ds_config import frozen_ds_config
 from largekd.engine.frozen import FrozenEngine
 from largekd.errors import ConfigError
@@ -45,7 +46,14 @@ def build_teacher_model(
     return TeacherModel(decoder=decoder, ds_config=ds_config)
 
 
-def serve_teacher(config: RunConfig, *, model: TeacherModel | None, sources: Sources, ranks: Ranks) -> Teacher:
+def serve_teacher(
+    config: RunConfig,
+    *,
+    model: TeacherModel | None,
+    sources: Sources,
+    ranks: Ranks,
+    around: Surroundings | None = None,
+) -> Teacher:
     """The teacher, ready for its first signals. A collective call. Errors: LargeKDError."""
     match config.teacher:
         case OnlineTeacherConfig() as online:
@@ -58,6 +66,9 @@ def serve_teacher(config: RunConfig, *, model: TeacherModel | None, sources: Sou
                 student_of_W=None if sources.student_of_teacher is None else sources.student_of_teacher.to(device()),
                 rank=ranks.rank,
             )
+        case RemoteTeacherConfig() as remote:
+            around = Surroundings() if around is None else around
+            return build_remote(remote, config=config, sources=sources, ranks=ranks, around=around)
     raise ConfigError(f"teacher.kind = {config.teacher.kind!r}: cannot be built.")
 
 

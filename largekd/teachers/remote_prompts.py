@@ -33,7 +33,9 @@ _SLACK_BYTES = 1 << 20
 class Dialect(Protocol):
     """How one kind of server is asked."""
 
-    path: str
+    @property
+    def path(self) -> str:
+        """Where the requests go."""
 
     def body(self, prompts: Sequence[Sequence[int]], *, k: int) -> dict[str, Any]:
         """The request's JSON."""
@@ -147,7 +149,7 @@ class PromptServers:
         def read(body: bytes) -> Answer:
             try:
                 places = self._dialect.entries(json.loads(body), prompts=len(prompts))
-                by_position = {}
+                by_position: dict[int, Entries | None] = {}
                 for (start, prompt), found in zip(samples, places, strict=True):
                     if len(found) != len(prompt):
                         raise ValueError("positions are missing")

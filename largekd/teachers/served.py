@@ -1,7 +1,8 @@
 """The teacher that a server serves: its ranks take turns at a request's micro-batches, in lock step.
 
 Rank 0 holds the queue of requests and sends each, as the bytes that arrived, to all ranks. Rank r computes the
-micro-batches r, r + ranks, ...; a rank that has run out repeats its last, because under ZeRO-3 every rank must run every forward.
+micro-batches r, r + ranks, ...; a rank that has run out repeats its last, because under ZeRO-3 every rank must run
+every forward.
 Without a request the ranks meet once a second, so that no collective waits long.
 """
 
