@@ -160,7 +160,7 @@ class RemoteTeacher:
 
     def _speak(self, job: "_Job", *, votes: "_Votes", waited_s: float) -> None:
         """A line on rank 0. A collective call."""
-        reasons = gather_objects(job.lost or "", group=self._patience.group)
+        reasons = gather_objects(job.last_failure, group=self._patience.group)
         reason = next((reason for reason in reasons if reason), "no answer yet")
         if _is_main():
             logger.warning(
@@ -175,7 +175,7 @@ class RemoteTeacher:
 
     def _give_up(self, job: "_Job") -> None:
         """Raises on all ranks with one rank's reason. A collective call."""
-        reasons = gather_objects(job.lost or "", group=self._patience.group)
+        reasons = gather_objects(job.last_failure, group=self._patience.group)
         reason = next((reason for reason in reasons if reason), "no answer")
         raise TeacherGoneError(
             f"teacher.servers: no answer for teacher.wait_s = {self._patience.wait_s:g} s ({reason}). Start the server "
@@ -224,6 +224,7 @@ class _Job:
         self._changed = threading.Condition()
         self._running = 0
         self.refusal: str | None = None
+        self.last_failure = ""
         for part in range(len(self._parts)):
             self._start(part, after_s=0.0)
 
@@ -287,7 +288,7 @@ class _Job:
                 self._found[part] = found
                 self.refusal = refused or self.refusal
                 if lost is not None:
-                    self._errors[part] = lost
+                    self._errors[part] = self.last_failure = lost
                 self._running -= 1
                 self._changed.notify_all()
 

@@ -27,6 +27,7 @@ Entries = list[tuple[int, float]]
 """One position: ids with their log-probabilities, at least the asked number, likeliest first or not."""
 
 _ENTRY_BYTES = 160
+_NEVER = -1.0e4
 _SLACK_BYTES = 1 << 20
 
 
@@ -178,7 +179,9 @@ class PromptServers:
         ids, logp = [place for place, _ in known], [value for _, value in known]
         unused = (place for place in range(self._shared_ids) if place not in ids)
         missing = self._k - len(ids)
-        return ids + [next(unused) for _ in range(missing)], logp + [-math.inf] * missing
+        values = logp + [-math.inf] * missing
+        # The first entry of a signal is never empty.
+        return ids + [next(unused) for _ in range(missing)], [max(values[0], _NEVER), *values[1:]]
 
     def _tensors(self, rows: Sequence[tuple[list[int], list[float]]]) -> Answer:
         ids_TK = torch.tensor([ids for ids, _ in rows], dtype=torch.int64).reshape(-1, self._k)

@@ -227,3 +227,20 @@ def test_evaluation_sees_each_row_once_on_any_split(make_store: MakeStore, packi
     assert len(reference[5]) == 5
     assert reference[99] == reference[None]
     assert sorted(segment.sample_id for row in reference[None] for segment in row) == list(range(23))
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_look_at_the_next_step_consumes_nothing_and_a_step_can_be_taken_back(ahead):
+    loader = make_loader(samples_of(30), max_steps=3, prefetch_steps=ahead)
+    plain = [ids_of(step) for step in make_loader(samples_of(30), max_steps=3)]
+    assert loader.upcoming() is None
+    steps = iter(loader)
+    first = next(steps)
+    before, following = loader.state(), loader.upcoming()
+    assert loader.state() == before
+    second = next(steps)
+    assert second is following and [ids_of(first), ids_of(second)] == plain[:2]
+    loader.take_back()
+    assert loader.state() == before
+    assert [ids_of(step) for step in iter(loader)] == plain[1:]
+    assert loader.upcoming() is None
