@@ -29,11 +29,8 @@ def vllm(body: dict) -> dict:
         places = [None]
         for at in range(1, len(prompt)):
             logp_V = distribution(prompt[:at])
-            named = set(logp_V.topk(body["prompt_logprobs"]).indices.tolist()) | ({prompt[at]} if extra else set())
-            entries = {
-                str(token): {"logprob": float(logp_V[token]), "rank": 1, "decoded_token": "x"} for token in named
-            }
-            places.append(entries)
+            named = {*logp_V.topk(body["prompt_logprobs"]).indices.tolist(), prompt[at]}
+            places.append({str(token): {"logprob": float(logp_V[token]), "rank": 1} for token in named})
         choices.append({"index": index, "text": "x", "prompt_logprobs": places})
     return {"model": body["model"], "choices": choices[::-1]}
 

@@ -2,6 +2,7 @@
 
 import json
 import queue
+import random
 import socket
 import threading
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def test_requests_are_answered(tmp_path):
     assert len(reached) == 1
 
 
-@pytest.mark.parametrize("given", [None, "Bearer wrong", "Bearer ", f"Basic {TOKEN}", TOKEN, "Bearer a-tökén"])
+@pytest.mark.parametrize("given", [None, "Bearer wrong", "Bearer", f"Basic {TOKEN}", TOKEN, "Bearer a-tökén"])
 def test_without_the_token_only_health_is_told(tmp_path, given):
     with serving(tmp_path) as (client, reached, _):
         del client.headers["Authorization"]
@@ -77,8 +78,6 @@ def test_without_the_token_only_health_is_told(tmp_path, given):
 
 
 def test_bad_requests_get_a_reason_and_reach_no_rank(tmp_path):
-    import random
-
     draw, well = random.Random(0), encode_request(replace(request(), batches=request().batches[1:]))
     with serving(tmp_path) as (client, reached, _):
         for body in (b"", b"x", raw(tensors_of([[1, VOCAB]])), raw(tensors_of([[1] * 25]))):
@@ -119,8 +118,9 @@ def test_a_body_that_does_not_come_is_not_waited_for(tmp_path):
 
 def test_a_port_that_is_taken_is_told(tmp_path):
     with serving(tmp_path) as (_, _, port), pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
-        with HttpServer(application(Served({}, tmp_path, LIMITS, queue.Queue(), None)), host="127.0.0.1", port=port):
-            pass
+        HttpServer(
+            application(Served({}, tmp_path, LIMITS, queue.Queue(), None)), host="127.0.0.1", port=port
+        ).__enter__()
 
 
 def test_a_public_address_needs_a_token(monkeypatch):
