@@ -75,18 +75,7 @@ def serve_over_http(
         configure_logging(level=config.log.level, rank=ranks.rank)
         require_same(f"{teacher} {config.train}", what="configuration", key="--config and its overrides")
         group = new_control_group(timeout_s=_DAY_S)
-        source = find_model(
-            teacher.model,
-            key="teacher.model",
-            revision=teacher.revision,
-            trust_remote_code=teacher.trust_remote_code,
-            first=lambda: MainFirst(ranks=ranks, group=group),
-        )
-        with Together(group=group):
-            weights = sampled_weights_digest(source.path)
-        require_same(weights, what="teacher", key="teacher.model")
-        # The same weights in another precision give other answers.
-        model = hashlib.sha256(f"{weights} {config.train.precision}".encode()).hexdigest()
+        source, model = _find(teacher, precision=config.train.precision, ranks=ranks, group=group)
         limits = Limits(positions=positions, sequence_length=config.train.sequence_length)
         served, decoder = _build(
             config, teacher=teacher, source=source, ranks=ranks, limits=limits, model=model, group=group
@@ -114,6 +103,24 @@ def serve_over_http(
         served.serve(works, stopping=lambda: stop.requested)
         # The launcher, which signals one rank after another, may yet signal this one.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _find(
+    teacher: OnlineTeacherConfig, *, precision: str, ranks: Ranks, group: dist.ProcessGroup | None
+) -> tuple[ModelFolder, str]:
+    """Where the teacher is, and what tells it from other teachers."""
+    source = find_model(
+        teacher.model,
+        key="teacher.model",
+        revision=teacher.revision,
+        trust_remote_code=teacher.trust_remote_code,
+        first=lambda: MainFirst(ranks=ranks, group=group),
+    )
+    with Together(group=group):
+        weights = sampled_weights_digest(source.path)
+    require_same(weights, what="teacher", key="teacher.model")
+    # The same weights in another precision give other answers.
+    return source, hashlib.sha256(f"{weights} {precision}".encode()).hexdigest()
 
 
 def _build(
