@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from largekd.config.objective_checks import check_objective
+from largekd.config.remote_checks import check_remote
 from largekd.config.rollout_checks import check_rollouts
 from largekd.config.run import RunConfig
 from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig
@@ -24,6 +25,7 @@ def check_config(config: RunConfig) -> list[str]:
         *_optim(config),
         *_data(config),
         *check_rollouts(config),
+        *check_remote(config.teacher),
     ]
 
 

@@ -39,7 +39,7 @@ def parse_config(mapping: Mapping[str, Any]) -> RunConfig:
 def _parse(mapping: Mapping[str, Any], *, source: str) -> RunConfig:
     try:
         # Strict JSON mode: lists become tuples, but no text becomes a number and no boolean a count.
-        text = json.dumps(_with_kinds(mapping), default=_plain)
+        text = json.dumps(_with_kind(mapping), default=_plain)
         config = RunConfig.model_validate_json(text, strict=True)
     except (TypeError, RecursionError) as error:
         raise ConfigError(f"{source}: not plain data ({error}).") from error
@@ -52,24 +52,12 @@ def _parse(mapping: Mapping[str, Any], *, source: str) -> RunConfig:
     return config
 
 
-def _with_kinds(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
+def _with_kind(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
     """A teacher without a kind is an online one: a union of records is told apart by what is written."""
     teacher = mapping.get("teacher")
     if not isinstance(teacher, Mapping):
         return mapping
-    return {**mapping, "teacher": _with_kind(teacher)}
-
-
-def _with_kind(teacher: Mapping[str, Any]) -> dict[str, Any]:
-    own = {"kind": "online", **teacher}
-    if isinstance(own.get("members"), Sequence):
-        own["members"] = [
-            {**member, "teacher": _with_kind(member["teacher"])}
-            if isinstance(member, Mapping) and isinstance(member.get("teacher"), Mapping)
-            else member
-            for member in own["members"]
-        ]
-    return own
+    return {**mapping, "teacher": {"kind": "online", **teacher}}
 
 
 def _together(lines: Sequence[str], *, source: str) -> str:

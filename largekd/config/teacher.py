@@ -64,17 +64,12 @@ class EMATeacherConfig(Frozen):
     )
 
 
-MixtureMemberSource = Annotated[
-    OnlineTeacherConfig | CachedTeacherConfig | RemoteTeacherConfig, Field(discriminator="kind")
-]
-
-
 class MixtureMemberConfig(Frozen):
     """One of several teachers."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="What it is called in logs and in data.")
     weight: float = Field(1.0, ge=0, description="Its share; all shares are divided by their sum.")
-    teacher: MixtureMemberSource = Field(description="The teacher itself.")
+    teacher: OnlineTeacherConfig = Field(description="The teacher itself, a model that runs beside the student.")
 
 
 class FixedWeightsConfig(Frozen):

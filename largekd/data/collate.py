@@ -25,6 +25,10 @@ class Samples(Protocol):
     def weights(self) -> Any:
         """Weight by sample id."""
 
+    @property
+    def teachers(self) -> NDArray[np.int64] | None:
+        """Place of the teacher that a sample names by sample id, −1: none; None: no sample names one."""
+
     def ids(self, sample: int) -> NDArray[np.int32]:
         """Token ids."""
 

@@ -1,9 +1,10 @@
 """Rows to optimizer steps: which rows belong to which step, and whose they are."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -78,6 +79,8 @@ class RowLoader:
         self._max_steps, self._max_epochs = max_steps, max_epochs
         self._prefetch_steps = prefetch_steps
         self._position = Position()
+        self._former = self._position
+        self._steps: _Peekable[tuple[Position, list[Batch]]] | None = None
         self._rows_of_epoch: dict[int, Rows] = {}
 
     def rows(self, *, epoch: int) -> Rows:
@@ -115,9 +118,23 @@ class RowLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Steps from the current position to the end. A step counts as consumed once it has been yielded."""
-        for after, micro_batches in _ahead(self._produce(self._position), depth=self._prefetch_steps):
-            self._position = after
-            yield micro_batches
+        made = _ahead(self._produce(self._position), depth=self._prefetch_steps)
+        self._steps = steps = _Peekable(made)
+        try:
+            for after, micro_batches in steps:
+                self._former, self._position = self._position, after
+                yield micro_batches
+        finally:
+            made.close()
+
+    def upcoming(self) -> list[Batch] | None:
+        """The step that the newest iterator will yield next, None at its end; it does not count as consumed by this."""
+        ahead = None if self._steps is None else self._steps.peek()
+        return None if ahead is None else ahead[1]
+
+    def take_back(self) -> None:
+        """The step that was yielded last does not count as consumed; iterators are not moved."""
+        self._position = self._former
 
     def state(self) -> dict[str, Any]:
         """JSON-able position after the last yielded step, with what identifies its rows."""
@@ -216,7 +233,23 @@ def _epoch_rows(samples: SampleStore, *, settings: RowSettings, epoch: int) -> R
     return one_per_row(samples.lengths, order=order)
 
 
-def _ahead(items: Iterator[Item], *, depth: int) -> Iterator[Item]:
+class _Peekable(Iterator[Item]):
+    """`items`, with a look at the next one."""
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self._items, self._held = items, list[Item]()
+
+    def __next__(self) -> Item:
+        return self._held.pop() if self._held else next(self._items)
+
+    def peek(self) -> Item | None:
+        """What `next` will give; None at the end."""
+        if not self._held:
+            self._held.extend(islice(self._items, 1))
+        return self._held[0] if self._held else None
+
+
+def _ahead(items: Iterator[Item], *, depth: int) -> Generator[Item]:
     """`items`, made up to `depth` ahead in a background thread; its exceptions are raised here, in their order."""
     if depth == 0:
         yield from items

@@ -21,6 +21,7 @@ from largekd.distillation.layers import check_deep_layers, decoder_shape, find_p
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student, find_sources
 from largekd.distillation.numerics import GradientWatch
+from largekd.distillation.remote import Surroundings
 from largekd.distillation.rollouts import build_rollouts
 from largekd.distillation.self_shared import (
     SelfSharedModel,
@@ -83,10 +84,11 @@ def build(
     folder: Path,
     control: dist.ProcessGroup | None = None,
     resumed: bool = False,
+    around: Surroundings | None = None,
 ) -> Parts:
     """Build a run's parts, cheapest checks first. A collective call; `control` is for agreements that may take long.
 
-    resumed: a checkpoint will be loaded into the parts.
+    resumed: a checkpoint will be loaded into the parts. around: what a teacher that may wait takes from the run.
 
     Errors: any LargeKDError; the message names the key to change.
     """
@@ -133,7 +135,9 @@ def build(
     chosen = config.objective.selection
     selection = None if chosen is None else TokenSelection(chosen, device=device())
     if shared is None:
-        teacher = serve_teacher(config, model=teacher_model, sources=sources, ranks=ranks, student=student)
+        teacher = serve_teacher(
+            config, model=teacher_model, sources=sources, ranks=ranks, student=student, around=around
+        )
     else:
         steps = data.loader.total_steps()
         teacher = serve_shared(

@@ -23,6 +23,7 @@ from largekd.runtime.ranks import all_agree, all_sum
 from largekd.runtime.shutdown import StopSignal
 from largekd.runtime.watchdog import Watchdog
 from largekd.sharding.accelerator import on_cpu, peak_memory_bytes
+from largekd.teachers.protocol import ReadsAhead, StoppedWaitingError, TeacherGoneError
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +63,8 @@ def run_steps(
         before = journal.progress
         session.watchdog.beat(f"step {before.step + 1}")
         batches = [batch.to(device=parts.device) for batch in micro_batches]
-        setting = StepSetting.at(
-            objective=parts.objective,
-            alignment=parts.alignment,
-            step=before.step,
-            max_steps=before.max_steps,
-            seed=config.train.seed,
-        )
+        setting = _setting(session, step=before.step, max_steps=before.max_steps)
+        _read_ahead(session, micro_batches=micro_batches, setting=setting, progress=before)
         scales = step_scales(
             micro_batches,
             objective=parts.objective,
@@ -79,18 +75,27 @@ def run_steps(
             kept_share=1.0 if selection is None else selection.expected_share,
         )
         is_health_step = session.monitor.is_health_step(before.step + 1)
-        result = train_step(
-            batches,
-            scales=scales,
-            setting=setting,
-            engine=parts.engine,
-            teacher=parts.teacher,
-            lr=learning_rate(step=before.step, max_steps=before.max_steps, config=config.optim),
-            timers=session.timers,
-            measure=setting.request.distribution is not None and is_health_step,
-            limit=None if selection is None else selection.limit,
-            term_gradients=config.log.term_gradients and is_health_step,
-        )
+        try:
+            result = train_step(
+                batches,
+                scales=scales,
+                setting=setting,
+                engine=parts.engine,
+                teacher=parts.teacher,
+                lr=learning_rate(step=before.step, max_steps=before.max_steps, config=config.optim),
+                timers=session.timers,
+                measure=setting.request.distribution is not None and is_health_step,
+                limit=None if selection is None else selection.limit,
+                term_gradients=config.log.term_gradients and is_health_step,
+            )
+        except (StoppedWaitingError, TeacherGoneError) as error:
+            # The step has not begun on any rank: it is the first one of the run that goes on.
+            parts.loader.take_back()
+            if before.step:
+                save()
+            if isinstance(error, TeacherGoneError):
+                raise
+            return False
         if selection is not None and result.outcome.applied:
             selection.learn(result.extras["histogram"], reduce=all_sum)
         # The optimizer step has waited for the device already, so these reads cost nothing.
@@ -99,7 +104,11 @@ def run_steps(
         journal.progress = _advance(before, applied=result.outcome.applied, tokens=tokens, seconds=seconds)
         window.add(result=result, scales=scales, setting=setting, tokens=tokens, seconds=seconds)
         _check_numerics(session, batches=batches, result=result, progress=journal.progress)
-        _report(session, window=window, progress=journal.progress, result=result, setting=setting)
+        try:
+            _report(session, window=window, progress=journal.progress, result=result, setting=setting)
+        except TeacherGoneError:
+            save()
+            raise
         last = journal.progress.step >= journal.progress.max_steps
         every = config.checkpoint.every_steps
         if not last and (stopping or (every and journal.progress.step % every == 0)):
@@ -123,15 +132,42 @@ def evaluate_now(session: Session) -> dict[str, float] | None:
                 return
             yield batch
 
-    figures = evaluate(
-        until_stopped(parts.evaluation_batches()),
-        engine=parts.engine,
-        teacher=parts.teacher,
-        request=parts.objective.evaluation_request,
-        n_terms=len(parts.objective.summands),
-        device=parts.device,
-    )
+    try:
+        figures = evaluate(
+            until_stopped(parts.evaluation_batches()),
+            engine=parts.engine,
+            teacher=parts.teacher,
+            request=parts.objective.evaluation_request,
+            n_terms=len(parts.objective.summands),
+            device=parts.device,
+        )
+    except StoppedWaitingError:
+        parts.engine.train()
+        return None
     return None if stopped else figures
+
+
+def _setting(session: Session, *, step: int, max_steps: int) -> StepSetting:
+    parts = session.parts
+    return StepSetting.at(
+        objective=parts.objective,
+        alignment=parts.alignment,
+        step=step,
+        max_steps=max_steps,
+        seed=parts.config.train.seed,
+    )
+
+
+def _read_ahead(session: Session, *, micro_batches: Sequence[Batch], setting: StepSetting, progress: Progress) -> None:
+    """Let a teacher that can begin with this step's signals, unless it has, and with the next step's."""
+    teacher, loader = session.parts.teacher, session.parts.loader
+    if not isinstance(teacher, ReadsAhead):
+        return
+    teacher.prepare(micro_batches, request=setting.request)
+    following = loader.upcoming()
+    if following is not None:
+        later = _setting(session, step=progress.step + 1, max_steps=progress.max_steps)
+        teacher.prepare(following, request=later.request)
 
 
 def _advance(progress: Progress, *, applied: bool, tokens: int, seconds: float) -> Progress:

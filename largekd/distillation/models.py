@@ -13,7 +13,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from largekd.config.run import RunConfig
 from largekd.config.teacher import (
     CachedTeacherConfig,
-    MixtureMemberConfig,
     MixtureTeacherConfig,
     OnlineTeacherConfig,
     RemoteTeacherConfig,
@@ -69,8 +68,7 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
             _find_teacher(member.teacher, student=student, first=first, key=member_key(index))
             for index, member in enumerate(config.teacher.members)
         )
-        main = main_member(config.teacher.members)
-        teacher, teacher_key = members[main], member_key(main)
+        teacher, teacher_key = members[0], member_key(0)
     else:
         teacher, teacher_key = _find_teacher(config.teacher, student=student, first=first), "teacher"
     tokenizer = load_tokenizer(
@@ -119,12 +117,6 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
 def member_key(index: int) -> str:
     """The place of one of several teachers in the configuration."""
     return f"teacher.members.{index}.teacher"
-
-
-def main_member(members: Sequence[MixtureMemberConfig]) -> int:
-    """The teacher of several whose layers and tokenizer are the teacher's: the first online one, else the first."""
-    online = [index for index, member in enumerate(members) if isinstance(member.teacher, OnlineTeacherConfig)]
-    return online[0] if online else 0
 
 
 def _shared_with_members(

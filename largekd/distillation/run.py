@@ -18,6 +18,7 @@ from largekd.distillation.folder import CHECKPOINT_FOLDER, mark_done, open_folde
 from largekd.distillation.journal import Journal
 from largekd.distillation.loop import Session, evaluate_now, run_steps
 from largekd.distillation.output import export_student, write_summary
+from largekd.distillation.remote import Surroundings
 from largekd.errors import CheckpointError, LargeKDError
 from largekd.monitoring.meters import Meters
 from largekd.monitoring.monitor import Monitor
@@ -37,6 +38,7 @@ from largekd.runtime.seeds import seed_everything
 from largekd.runtime.shutdown import StopSignal
 from largekd.runtime.watchdog import Watchdog
 from largekd.sharding.cluster import process_group
+from largekd.teachers.remote import Patience
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,15 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         watchdog = stack.enter_context(Watchdog(timeout_s=timeout_s, folder=folder, ranks=ranks))
         stack.enter_context(_reporting_failure(watchdog))
         watchdog.beat("build", allowed_s=_DAY_S)
-        parts = build(config, ranks=ranks, folder=folder, control=control, resumed=checkpoint is not None)
+        patience = Patience(wait_s=0.0, beat=watchdog.beat, stopping=lambda: stop.requested, group=control)
+        parts = build(
+            config,
+            ranks=ranks,
+            folder=folder,
+            control=control,
+            resumed=checkpoint is not None,
+            around=Surroundings(folder=folder, patience=patience),
+        )
         stack.callback(parts.close)
         if checkpoint is not None and not parts.resumable:
             raise CheckpointError(

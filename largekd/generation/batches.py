@@ -29,6 +29,11 @@ class StepSamples:
         """Weights by sample id, 1 for rollouts."""
         return self
 
+    @property
+    def teachers(self) -> None:
+        """The configuration refuses records that name a teacher beside rollouts."""
+        return None
+
     def __getitem__(self, sample: int) -> float:
         return 1.0 if sample >= FIRST_ID else float(self._of_data.weights[sample])
 

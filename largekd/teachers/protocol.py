@@ -3,11 +3,21 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from largekd.contracts import Batch, SignalRequest, TeacherSignal
+from largekd.errors import TeacherError
+
+
+class StoppedWaitingError(Exception):
+    """The ranks were told to stop while they waited for a teacher's signals; raised on all of them, before any forward
+    of the step."""
+
+
+class TeacherGoneError(TeacherError):
+    """A teacher did not come back in time; raised on all ranks, before any forward of the step."""
 
 
 class TeacherState(Protocol):
@@ -51,3 +61,11 @@ class Teacher(Protocol):
 
     def close(self) -> None:
         """Release what the teacher holds."""
+
+
+@runtime_checkable
+class ReadsAhead(Protocol):
+    """A teacher that can begin with a step's signals before they are asked for."""
+
+    def prepare(self, micro_batches: Sequence[Batch], *, request: SignalRequest) -> None:
+        """Begin with the signals that `signals` will be asked for soon. Returns at once; not a collective call."""

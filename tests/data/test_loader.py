@@ -227,3 +227,27 @@ def test_evaluation_sees_each_row_once_on_any_split(make_store: MakeStore, packi
     assert len(reference[5]) == 5
     assert reference[99] == reference[None]
     assert sorted(segment.sample_id for row in reference[None] for segment in row) == list(range(23))
+
+
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_a_look_at_the_next_step_consumes_nothing_and_a_step_can_be_taken_back(
+    make_store: MakeStore, ahead: int
+) -> None:
+    samples = make_store([9] * 30)
+
+    def fresh() -> RowLoader:
+        return RowLoader(samples, settings=SETTINGS, micro_batch_size=2, max_steps=3, prefetch_steps=ahead)
+
+    loader, plain = fresh(), list(fresh())
+    assert loader.upcoming() is None
+    steps = iter(loader)
+    first = next(steps)
+    before, following = loader.state(), loader.upcoming()
+    assert loader.state() == before
+    second = next(steps)
+    assert second is following
+    assert_same([first, second], plain[:2])
+    loader.take_back()
+    assert loader.state() == before
+    assert_same(list(loader), plain[1:])
+    assert loader.upcoming() is None

@@ -1,9 +1,9 @@
 """A process that has everything imported and forks the ranks of whole jobs: a start then costs a second, not ten.
 
-Reads one JSON object per line: {"argv": [...], "environment": {...}, "output": path} -> {"pid": number}, and
+Reads one JSON object per line: {"script": name, "argv": [...], "environment": {...}, "output": path} ->
+{"pid": number}, and
 {"wait": pid, "timeout_s": number} -> {"status": exit status, negative for a signal, null while it runs}.
-A rank is `launch/train.py`, or the launcher that TEST_LAUNCHER names, with that command line; its stdout and stderr go
-to the file.
+A rank is `launch/<script>.py` with that command line; its stdout and stderr go to the file.
 TEST_FILE_LIMIT_BYTES in its environment is the largest file it can write. Ranks die with the server.
 """
 
@@ -19,13 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-TRAIN = Path(__file__).resolve().parents[2] / "launch/train.py"
+LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 LIMIT = "TEST_FILE_LIMIT_BYTES"
 LAUNCHER = "TEST_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
 _PRELOADED = (
     "deepspeed",
     "largekd.distillation.run",
+    "largekd.distillation.serve",
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
 )
@@ -34,12 +35,12 @@ _statuses: dict[int, int] = {}
 
 def preload() -> None:
     """What a run imports; nothing here may start a thread, which a fork would lose."""
-    sys.path.insert(0, str(TRAIN.parent))
+    sys.path.insert(0, str(LAUNCH))
     for module in _PRELOADED:
         importlib.import_module(module)
 
 
-def start(*, argv: list[str], environment: dict[str, str], output: str) -> int:
+def start(*, script: str, argv: list[str], environment: dict[str, str], output: str) -> int:
     """Fork one rank; its pid."""
     pid = os.fork()
     if pid:
@@ -53,14 +54,13 @@ def start(*, argv: list[str], environment: dict[str, str], output: str) -> int:
     os.dup2(target, 2)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)
-    launcher = environment.get(LAUNCHER, "train")
-    sys.argv = [str(TRAIN.with_name(f"{launcher}.py")), *argv]
+    sys.argv = [str(LAUNCH / f"{script}.py"), *argv]
     import cli
 
-    launched = importlib.import_module(launcher)
+    main = importlib.import_module(script).main
 
     # As at the end of a script: threads are waited for and exit handlers run.
-    sys.exit(cli.exit_status(lambda: launched.main(argv)))
+    sys.exit(cli.exit_status(lambda: main(argv)))
 
 
 def wait(*, pid: int, timeout_s: float) -> int | None:

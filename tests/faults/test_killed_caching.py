@@ -27,7 +27,7 @@ def straight(tiny_assets, two_ranks, tmp_path_factory):
 )
 def test_a_killed_caching_job_goes_on(straight, tiny_assets, job_server, tmp_path, points):
     tree = recipe(tiny_assets, tmp_path)
-    job = {"folder": tmp_path / "job", "TEST_LAUNCHER": "cache_teacher"}
+    job = {"folder": tmp_path / "job", "script": "cache_teacher"}
     for point, number in points:
         killed = job_server.start(tree, LARGEKD_TEST_FAULT=f"cache:{point}:rank*:step{number}:sigkill", **job)
         assert -signal.SIGKILL in killed.wait(), killed.text()

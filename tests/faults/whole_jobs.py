@@ -35,10 +35,11 @@ class JobServer:
         ranks: int = 2,
         overrides: Sequence[str] = (),
         port: int | None = None,
+        script: str = "train",
         of_rank: Mapping[int, Mapping[str, str]] | None = None,
         **environment: str,
     ) -> "Job":
-        """`launch/train.py` on `ranks` ranks with the configuration `tree`; recipe and output go to `folder`.
+        """`launch/<script>.py` on `ranks` ranks with the configuration `tree`; recipe and output go to `folder`.
 
         `environment` is every rank's, `of_rank` what one rank has besides.
         """
@@ -55,6 +56,7 @@ class JobServer:
             output = folder / f"output-{rank}-{time.monotonic_ns()}.txt"
             own = place | {"RANK": rank, "LOCAL_RANK": rank} | environment | dict((of_rank or {}).get(rank, {}))
             pid = self._ask(
+                script=script,
                 argv=["--config", str(recipe), *overrides],
                 environment={name: str(value) for name, value in own.items()},
                 output=str(output),

@@ -1,0 +1,112 @@
+"""Building a remote teacher: its servers are asked who they are before anything else is built."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from largekd.config.divergence import TopKSignalConfig
+from largekd.config.run import RunConfig
+from largekd.config.teacher import RemoteTeacherConfig
+from largekd.data.vocabulary import PROBE, tokenizer_fingerprint
+from largekd.distillation.models import Sources
+from largekd.errors import ConfigError, TeacherError
+from largekd.runtime.ranks import MainFirst, Ranks, Together
+from largekd.sharding.accelerator import device
+from largekd.teachers.remote import Patience, RemoteTeacher, Source
+from largekd.teachers.remote_http import Replicas
+from largekd.teachers.remote_own import Expected, OwnServers, fetch_head, read_head, read_info
+from largekd.teachers.remote_prompts import VLLM, Dialect, PromptServers, SGLang, probe_tokenizer
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a teacher that may wait takes from its run: the run folder, and see Patience."""
+
+    folder: Path = field(default_factory=Path.cwd)
+    patience: Patience = field(default_factory=lambda: Patience(wait_s=0.0))
+
+
+def build_remote(
+    teacher: RemoteTeacherConfig, *, config: RunConfig, sources: Sources, ranks: Ranks, around: Surroundings
+) -> RemoteTeacher:
+    """The teacher, when its servers are there and are the ones that are meant. A collective call.
+
+    Errors: ConfigError, TeacherError; on all ranks.
+    """
+    group = around.patience.group
+    with Together(group=group):
+        if sources.student_of_teacher is not None:
+            raise ConfigError("objective.translation: a remote teacher must have the student's tokenizer.")
+        replicas = Replicas(
+            servers=teacher.servers,
+            token=_token(teacher),
+            timeout_s=teacher.timeout_s,
+            retries=teacher.retries,
+            # Ranks begin with different replicas.
+            first=ranks.rank,
+        )
+    if teacher.protocol == "largekd":
+        source = _own_servers(replicas, sources=sources, config=config, ranks=ranks, around=around)
+    else:
+        with Together(group=group):
+            source = _prompt_servers(replicas, teacher=teacher, sources=sources, config=config, ranks=ranks)
+    patience = Patience(
+        wait_s=teacher.wait_s, beat=around.patience.beat, stopping=around.patience.stopping, group=group
+    )
+    return RemoteTeacher(source, patience=patience)
+
+
+def _token(teacher: RemoteTeacherConfig) -> str | None:
+    if teacher.token_variable is None:
+        return None
+    token = os.environ.get(teacher.token_variable)
+    if not token or not token.isascii() or not token.isprintable():
+        raise ConfigError(
+            f"teacher.token_variable = {teacher.token_variable!r}: no such environment variable, or it holds no token."
+        )
+    return token
+
+
+def _own_servers(
+    replicas: Replicas, *, sources: Sources, config: RunConfig, ranks: Ranks, around: Surroundings
+) -> Source:
+    expected = Expected(
+        tokenizer=tokenizer_fingerprint(sources.teacher_tokenizer),
+        vocab_size=sources.teacher.config.vocab_size,
+        shared_ids=sources.shared_vocab_size,
+        sequence_length=config.train.sequence_length,
+    )
+    group = around.patience.group
+    with Together(group=group):
+        info = read_info(replicas, expected=expected)
+    with MainFirst(ranks=ranks, group=group):
+        path = fetch_head(replicas, info=info, folder=around.folder)
+    with Together(group=group):
+        head = read_head(path, info=info, device=device())
+    return OwnServers(replicas=replicas, info=info, head=head, shared_ids=sources.shared_vocab_size, rank=ranks.rank)
+
+
+def _prompt_servers(
+    replicas: Replicas, *, teacher: RemoteTeacherConfig, sources: Sources, config: RunConfig, ranks: Ranks
+) -> Source:
+    signal = config.objective.signal
+    if not isinstance(signal, TopKSignalConfig):
+        raise TeacherError(
+            f"objective.signal.kind = {signal.kind!r}: teacher.protocol {teacher.protocol} gives the likeliest ids "
+            "alone; set it to top_k, with objective.signal.k at most what the server allows."
+        )
+    dialect: Dialect = SGLang()
+    if teacher.protocol == "vllm":
+        assert teacher.served_model is not None
+        dialect = VLLM(model=teacher.served_model)
+        if ranks.is_main:
+            tokenizer = sources.teacher_tokenizer
+            probe_tokenizer(
+                replicas,
+                model=teacher.served_model,
+                text=PROBE,
+                encode=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
+            )
+    return PromptServers(
+        replicas=replicas, dialect=dialect, k=signal.k, tail=signal.tail, shared_ids=sources.shared_vocab_size
+    )
