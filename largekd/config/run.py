@@ -19,7 +19,6 @@ class RunConfig(Frozen):
     run: RunFolderConfig
     teacher: TeacherConfig = Field(description="Source of the signals that the student learns from.")
     student: StudentConfig
-    cache: CacheConfig | None = Field(None, description="What launch/cache_teacher.py stores; training ignores it.")
     data: DataConfig
     train: TrainConfig
     optim: OptimConfig = Field(default_factory=OptimConfig)
@@ -34,3 +33,4 @@ class RunConfig(Frozen):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
+    cache: CacheConfig | None = Field(None, description="What launch/cache_teacher.py stores; training ignores it.")

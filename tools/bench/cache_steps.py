@@ -126,9 +126,6 @@ def summarised(rounds: list[dict[str, dict[str, float]]]) -> dict[str, float]:
         ),
         "cached / plain": median(lambda found: step(found, "cached") / step(found, "plain")),
         "cached step, s": median(lambda found: step(found, "cached")),
-        "reading, share of the cached step": median(
-            lambda found: found["cached"]["perf/teacher_s"] / step(found, "cached")
-        ),
     }
 
 
