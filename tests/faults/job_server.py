@@ -21,7 +21,6 @@ from typing import Any
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 LIMIT = "TEST_FILE_LIMIT_BYTES"
-LAUNCHER = "TEST_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
 _PRELOADED = (
     "deepspeed",
