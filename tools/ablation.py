@@ -33,7 +33,6 @@ from largekd.runtime.files import atomic_write, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs" / "ablation"
-TRAIN = ROOT / "launch" / "train.py"
 ROWS = "rows.jsonl"
 
 # Eight steps of the quick start see about 15,000 label tokens; its five steps of warm-up would be most of them.
@@ -263,13 +262,14 @@ def is_finished(run: Run) -> bool:
     return all(ends) and _can_go_on(run, config=run.config())
 
 
-def launch(recipe: Path, ranks: int, log: Path) -> int:
-    """Run launch/train.py on as many ranks; its output goes to the log. Returns the exit status."""
-    command = [sys.executable, str(TRAIN)]
+def launch(recipe: Path, ranks: int, log: Path, *, script: str = "train") -> int:
+    """Run launch/<script>.py on as many ranks; its output goes to the log. Returns the exit status."""
+    launched = str(ROOT / "launch" / f"{script}.py")
+    command = [sys.executable, launched]
     if ranks > 1:
         beside = Path(sys.executable).with_name("deepspeed")
-        command = [str(beside) if beside.exists() else "deepspeed", "--master_port", str(_free_port())]
-        command += ["--log_level", "error", "--num_accelerators", str(ranks), str(TRAIN)]
+        command = [str(beside) if beside.exists() else "deepspeed", "--master_port", str(free_port())]
+        command += ["--log_level", "error", "--num_accelerators", str(ranks), launched]
     environment = dict(os.environ)
     if environment.get("DS_ACCELERATOR") == "cpu":
         # More threads than cores per rank slow all ranks down.
@@ -287,7 +287,8 @@ def launch(recipe: Path, ranks: int, log: Path) -> int:
     return finished.returncode
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

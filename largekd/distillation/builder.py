@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from largekd.config.checks import check_world
 from largekd.config.divergence import TopKSignalConfig
-from largekd.config.placement import offload_device, read_placements
+from largekd.config.placement import Placements, offload_device, read_placements
 from largekd.config.run import RunConfig
 from largekd.contracts import Batch
 from largekd.data.loader import RowLoader
 from largekd.distillation.cache_binding import check_teacher_data
-from largekd.distillation.data import build_data
+from largekd.distillation.data import RunData, build_data
 from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student, find_sources
@@ -113,57 +113,34 @@ def build(
         accumulation=accumulation,
         world_size=ranks.world_size,
     )
-    teacher_model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
-    teacher_decoder = None if teacher_model is None else teacher_model.decoder
-    student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
-    shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
-    if shared is not None:
-        teacher_decoder = student
-    pairs = find_pairs(
-        objective,
-        config=config,
-        student=student,
-        teacher=teacher_decoder,
-        rows=data.first_rows,
-        folder=folder,
+    models = _build_models(
+        config,
+        objective=objective,
+        sources=sources,
+        data=data,
+        placements=placements,
+        trained=trained,
         ranks=ranks,
+        folder=folder,
         resumed=resumed,
+        around=around,
     )
-    alignment = _build_alignment(
-        objective, pairs=pairs, student=student, teacher=teacher_decoder, ds_config=trained, seed=config.train.seed
-    )
-    chosen = config.objective.selection
-    selection = None if chosen is None else TokenSelection(chosen, device=device())
-    if shared is None:
-        teacher = serve_teacher(
-            config, model=teacher_model, sources=sources, ranks=ranks, student=student, around=around
-        )
-    else:
-        steps = data.loader.total_steps()
-        teacher = serve_shared(
-            config, student=shared, objective=objective, alignment=alignment, total_steps=steps, ranks=ranks
-        )
-    plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
-    teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
-    teacher.check(objective.evaluation_request)
     rollouts = build_rollouts(
         config,
         samples=data.samples["train"],
         sources=sources,
-        student=student,
-        teacher_decoder=teacher_decoder,
-        teacher=teacher,
+        student=models.student,
+        teacher_decoder=models.teacher_decoder,
+        teacher=models.teacher,
         ranks=ranks,
     )
     with Together():
         if ranks.is_main:
-            write_json(folder / "deepspeed.json", value={**teacher_ds_configs(teacher_model), "student": trained})
+            write_json(folder / "deepspeed.json", value={**models.teacher_ds_configs, "student": trained})
+    chosen = config.objective.selection
+    selection = None if chosen is None else TokenSelection(chosen, device=device())
     module = build_distill_model(
-        objective,
-        student=student,
-        alignment=alignment,
-        selection=selection,
-        kind=DistillModel if shared is None else SelfSharedModel,
+        objective, student=models.student, alignment=models.alignment, selection=selection, kind=models.kind
     )
     groups = build_groups(module.named_trainables(), config=config.optim)
     if ranks.is_main:
@@ -173,19 +150,76 @@ def build(
         ranks=ranks,
         device=device(),
         sources=sources,
-        student=student,
+        student=models.student,
         engine=TrainEngine(module=module, groups=groups, ds_config=trained),
-        teacher=teacher,
+        teacher=models.teacher,
         objective=objective,
-        alignment=alignment,
+        alignment=models.alignment,
         selection=selection,
-        watch=GradientWatch(student=student, embedding=student.model.get_input_embeddings()),
+        watch=GradientWatch(student=models.student, embedding=models.student.model.get_input_embeddings()),
         loader=data.loader,
         evaluation_batches=data.evaluation_batches,
         # Restored by DeepSpeed without learning rate and moments, and without an error.
         resumable=offload_device(placements.student, "offload_optimizer") != "nvme",
         rollouts=rollouts,
     )
+
+
+@dataclass(frozen=True)
+class _Models:
+    """Both models with their weights and what joins them, before the student's engine."""
+
+    student: Decoder
+    teacher: Teacher
+    teacher_decoder: Decoder | None
+    alignment: Alignment | None
+    teacher_ds_configs: Mapping[str, Any]
+    kind: type[DistillModel]
+
+
+def _build_models(
+    config: RunConfig,
+    *,
+    objective: Objective,
+    sources: Sources,
+    data: RunData,
+    placements: Placements,
+    trained: dict[str, Any],
+    ranks: Ranks,
+    folder: Path,
+    resumed: bool,
+    around: Surroundings | None,
+) -> _Models:
+    model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
+    student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
+    shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
+    decoder = student if shared is not None else None if model is None else model.decoder
+    pairs = find_pairs(
+        objective,
+        config=config,
+        student=student,
+        teacher=decoder,
+        rows=data.first_rows,
+        folder=folder,
+        ranks=ranks,
+        resumed=resumed,
+    )
+    alignment = _build_alignment(
+        objective, pairs=pairs, student=student, teacher=decoder, ds_config=trained, seed=config.train.seed
+    )
+    teacher: Teacher
+    if shared is None:
+        teacher = serve_teacher(config, model=model, sources=sources, ranks=ranks, student=student, around=around)
+    else:
+        steps = data.loader.total_steps()
+        teacher = serve_shared(
+            config, student=shared, objective=objective, alignment=alignment, total_steps=steps, ranks=ranks
+        )
+    plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
+    teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
+    teacher.check(objective.evaluation_request)
+    kind = DistillModel if shared is None else SelfSharedModel
+    return _Models(student, teacher, decoder, alignment, teacher_ds_configs(model), kind)
 
 
 def build_distill_model(
