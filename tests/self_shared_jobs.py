@@ -16,7 +16,7 @@ from largekd.distillation.layers import decoder_shape
 from largekd.distillation.self_shared import SelfSharedModel, serve_shared, share_backbone, shared_objective, twice
 from largekd.distillation.step import StepSetting, step_scales, train_step
 from largekd.engine.ds_config import train_ds_config
-from largekd.engine.train import TrainEngine
+from largekd.engine.train import StepOutcome, TrainEngine
 from largekd.models.build import build_model, load_pretrained
 from largekd.models.decoder import Decoder, enable_checkpointing
 from largekd.models.pruning import pruned_config, pruned_tensors
@@ -210,12 +210,19 @@ def gradients(*, folder: str, rows: int = 4, **options: Any) -> dict[str, Any]:
     return {"gradients": found, "sums": sums, "salience": salience, "squares": squares}
 
 
-def pruning_course(*, folder: str, steps: int, teacher: dict) -> dict[str, Any]:
-    """Metrics, kept layers and planned pairs after each step, and the masks at the end."""
+def pruning_course(*, folder: str, steps: int, teacher: dict, skipped: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Metrics, kept layers and planned pairs after each step, the masks at the end; `skipped` ones count from 1."""
     accumulation = 2 // dist.get_world_size()
     side = Shared(folder=folder, teacher=teacher, noise=0.1, total_steps=steps, accumulation=accumulation).start()
     course, pairs = [], []
+    apply = side.engine.step
+
+    def skip(*, lr: float) -> StepOutcome:
+        apply(lr=0.0 * lr)
+        return StepOutcome(applied=False, grad_norm=float("inf"))
+
     for step in range(steps):
+        side.engine.step = skip if step + 1 in skipped else apply  # type: ignore[method-assign]
         batches = own_micro_batches(rows=2, packed=True, micro_batch_size=1, seed=step)
         setting, _ = side.step(batches, step=step, lr=1e-2)
         pairs.append(setting.plan.pairs[0])

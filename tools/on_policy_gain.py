@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from ablation import Run, append_row, discard_weights, is_finished, launch, read_rows
 
+from largekd.config.checks import check_world
 from largekd.config.render import render_config
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError, LargeKDError
@@ -30,11 +31,12 @@ RUNS = ROOT / "runs" / "on_policy_gain"
 RECIPE = "recipes/on_policy.yaml"
 ROWS = "rows.jsonl"
 
+ROWS_OF_STEP = 8
 # 64 tokens of a problem and 48 of an answer: short enough for two cores.
 SETTINGS = (
     "train.max_steps=24",
-    "train.global_batch_size=8",
-    "train.micro_batch_size=8",
+    f"train.global_batch_size={ROWS_OF_STEP}",
+    "train.micro_batch_size={micro_batch_size}",
     "train.sequence_length=111",
     "optim.lr=3e-4",
     "optim.warmup_steps=2",
@@ -68,7 +70,7 @@ def main(argv: list[str]) -> int:
     known: dict[str, float] = {}
     try:
         if not given.table:
-            overrides = (*SETTINGS, f"student.model={json.dumps(given.student)}", *given.overrides)
+            overrides = (*_settings(ranks=given.ranks), f"student.model={json.dumps(given.student)}", *given.overrides)
             seeds = [int(seed) for seed in given.seeds.split(",") if seed.isdecimal()]
             for seed in dict.fromkeys(seeds):
                 run = Run(
@@ -87,6 +89,13 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
+def _settings(*, ranks: int) -> list[str]:
+    """The tool's own keys: each rank takes its rows of a step at once. Errors: ConfigError."""
+    if ranks < 1:
+        raise ConfigError(f"--ranks {ranks}: must be at least 1.")
+    return [key.format(micro_batch_size=max(ROWS_OF_STEP // ranks, 1)) for key in SETTINGS]
+
+
 def _row_exists(run: Run, *, prompts: int, known: dict[str, float]) -> bool:
     """Do the run and write its row unless it is there; `known` keeps what was measured of the first student.
 
@@ -100,6 +109,7 @@ def _row_exists(run: Run, *, prompts: int, known: dict[str, float]) -> bool:
             raise ConfigError(f"{rows} has seed {run.seed} with other settings; choose another --name.")
         return True
     config = run.config()
+    check_world(config, world_size=run.ranks)
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     recipe, log = (run.folder.with_name(f"{run.folder.name}.{ending}") for ending in ("yaml", "log"))
     if not is_finished(run):

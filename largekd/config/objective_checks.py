@@ -14,6 +14,8 @@ _WHOLE_DISTRIBUTION = ("sorted_distance", "logit_mse", "ranking_hinge", "plugin"
 
 # Names that the loss and its records use themselves.
 DEEP_PREFIX = "deep_supervision."
+TEACHER_LOSS = "teacher_cross_entropy"
+"""Name of the last summand with a self-shared teacher: the teacher's own task loss, with factor 1."""
 _RESERVED = ("cross_entropy", "kept_frac")
 
 
@@ -23,7 +25,7 @@ def check_objective(
     """The rules that the objective's values break, one line each. self_shared: both models are one backbone."""
     yield from _curves(objective)
     yield from _ranges(objective)
-    yield from _names(objective)
+    yield from _names(objective, reserved=(*_RESERVED, TEACHER_LOSS) if self_shared else _RESERVED)
     yield from _unread(objective)
     yield from _divergences(objective, plugins=plugins)
     yield from _signal(objective)
@@ -90,17 +92,17 @@ def term_name(term: DivergenceConfig) -> str:
     return term.term if isinstance(term, PluginConfig) else term.name
 
 
-def _names(objective: ObjectiveConfig) -> Iterator[str]:
+def _names(objective: ObjectiveConfig, *, reserved: tuple[str, ...]) -> Iterator[str]:
     names = Counter(term_name(term) for term in objective.divergences)
     for name, count in names.items():
         if count > 1:
             yield f"objective.divergences: {name} appears {count} times; give it once, with the sum of the weights"
     taken: dict[str, str] = {}
     for index, term in enumerate(objective.divergences):
-        if term_name(term) in _RESERVED:
+        if term_name(term) in reserved:
             yield f"objective.divergences.{index}.term = {term_name(term)!r}: the name is taken; choose another"
     for key, aligned in _aligned(objective):
-        if aligned.name in _RESERVED:
+        if aligned.name in reserved:
             yield f"{key}.name = {aligned.name!r}: the name is taken; choose another"
         if aligned.name in names:
             yield f"{key}.name = {aligned.name!r}: a term of objective.divergences is called so; choose another name"

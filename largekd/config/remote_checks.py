@@ -4,22 +4,15 @@ import ipaddress
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from largekd.config.teacher import MixtureTeacherConfig, RemoteTeacherConfig, TeacherConfig
+from largekd.config.teacher import RemoteTeacherConfig, TeacherConfig
 
 
 def check_remote(teacher: TeacherConfig) -> Iterator[str]:
-    """What is wrong with the servers of a remote teacher, or of those among several teachers."""
-    if isinstance(teacher, RemoteTeacherConfig):
-        yield from _check(teacher, key="teacher")
-    if isinstance(teacher, MixtureTeacherConfig):
-        for index, member in enumerate(teacher.members):
-            if isinstance(member.teacher, RemoteTeacherConfig):
-                yield from _check(member.teacher, key=f"teacher.members.{index}.teacher")
-
-
-def _check(teacher: RemoteTeacherConfig, *, key: str) -> Iterator[str]:
+    """What is wrong with the servers of a remote teacher."""
+    if not isinstance(teacher, RemoteTeacherConfig):
+        return
     for index, server in enumerate(teacher.servers):
-        place = f"{key}.servers.{index}"
+        place = f"teacher.servers.{index}"
         problem = _problem(server)
         if problem is not None:
             yield f"{place}: {problem}"
@@ -27,12 +20,12 @@ def _check(teacher: RemoteTeacherConfig, *, key: str) -> Iterator[str]:
             if not teacher.allow_remote:
                 yield (
                     f"{place} = {server!r} is not on this machine, and the texts of the data would be sent there; "
-                    f"set {key}.allow_remote: true if that is meant"
+                    "set teacher.allow_remote: true if that is meant"
                 )
             if urlsplit(server).scheme != "https":
                 yield f"{place} = {server!r}: must be https, because texts and the token leave this machine"
     if teacher.protocol == "vllm" and teacher.served_model is None:
-        yield f"{key}.served_model: an OpenAI-compatible server expects its model's name; set it"
+        yield "teacher.served_model: an OpenAI-compatible server expects its model's name; set it"
 
 
 def _problem(server: str) -> str | None:

@@ -42,17 +42,19 @@ def _lengths(rollouts: RolloutConfig, *, sequence_length: int) -> Iterator[str]:
 
 def _teacher(config: RunConfig, *, rollouts: RolloutConfig) -> Iterator[str]:
     teacher = config.teacher
-    kinds = [teacher.kind]
-    if teacher.kind == "mixture":
-        kinds += [member.teacher.kind for member in teacher.members]
-        if teacher.weighting.kind == "routed":
-            yield (
-                "rollouts: teacher.weighting.kind = 'routed' looks a teacher up in a record, and sampled tokens have "
-                "none; choose another kind"
-            )
-    if "self_shared" in kinds:
+    if teacher.kind == "mixture" and teacher.weighting.kind == "routed":
+        yield (
+            "rollouts: teacher.weighting.kind = 'routed' looks a teacher up in a record, and sampled tokens have "
+            "none; choose another kind"
+        )
+    if teacher.kind == "mixture" and teacher.weighting.kind == "learned" and rollouts.source == "student":
+        yield (
+            "rollouts.source = 'student': teacher.weighting.kind = 'learned' fits the weights to labels, and sampled "
+            "tokens are the student's own; choose another kind"
+        )
+    if teacher.kind == "self_shared":
         yield "rollouts: not with teacher.kind = 'self_shared', whose two models share one forward; take the block out"
-    if "cached" in kinds:
+    if teacher.kind == "cached":
         yield (
             "rollouts: a cached teacher has no signal for tokens that were sampled after it was stored; choose another "
             "teacher.kind, or rollouts.share=0"

@@ -23,7 +23,7 @@ from largekd.distillation.models import Sources
 from largekd.errors import DataError, TeacherError
 from largekd.models.build import DTYPES
 from largekd.models.source import ModelFolder
-from largekd.runtime.ranks import Ranks, Together, gather_objects
+from largekd.runtime.ranks import Ranks, Together, current_ranks, gather_objects
 from largekd.sharding.accelerator import device, on_cpu
 from largekd.sharding.stream import tensor_files
 from largekd.teachers.cache_codec import AnyCodec, HiddenCodec, TopKCodec, build_codec
@@ -36,6 +36,7 @@ from largekd.teachers.cache_format import (
     Identity,
     Manifest,
     TeacherIdentity,
+    check_shards,
     file_hash,
     read_manifest,
 )
@@ -96,18 +97,22 @@ def weights_hash(folder: ModelFolder, *, ranks: Ranks, group: dist.ProcessGroup 
 
 
 def check_teacher_data(config: RunConfig, *, sources: Sources, samples: Mapping[Origin, SampleStore]) -> None:
-    """Refuse a cache that was made of something else, or holds less than the objective reads; a collective call.
+    """Refuse a cache that was made of something else, lacks shards or holds less than the objective reads; a collective
+    call.
 
     It comes before any weight is loaded; what it lets pass is only opened later.
     Errors: TeacherError or DataError naming what differs.
     """
     if not isinstance(config.teacher, CachedTeacherConfig):
         return
-    folder = Path(config.teacher.path).expanduser()
+    folder, ranks = Path(config.teacher.path).expanduser(), current_ranks()
     with Together():
         manifest = read_manifest(folder)
         check_binding(manifest, folder=folder, config=config, sources=sources, samples=samples)
-        check_objective_fits(config, codec=_codec_of(manifest))
+        codec = _codec_of(manifest)
+        check_objective_fits(config, codec=codec)
+        # A rank that found this out in the middle of a step would leave the others waiting.
+        check_shards(folder, manifest=manifest, origins=samples, token_bytes=codec.token_bytes, ranks=ranks)
 
 
 def open_cached_teacher(

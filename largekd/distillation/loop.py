@@ -91,6 +91,8 @@ def run_steps(
         except (StoppedWaitingError, TeacherGoneError) as error:
             # The step has not begun on any rank: it is the first one of the run that goes on.
             parts.loader.take_back()
+            if parts.rollouts is not None:
+                parts.rollouts.take_back()
             if before.step:
                 save()
             if isinstance(error, TeacherGoneError):
@@ -159,12 +161,15 @@ def _setting(session: Session, *, step: int, max_steps: int) -> StepSetting:
 
 
 def _read_ahead(session: Session, *, micro_batches: Sequence[Batch], setting: StepSetting, progress: Progress) -> None:
-    """Let a teacher that can begin with this step's signals, unless it has, and with the next step's."""
+    """Let a teacher that can begin with this step's signals, unless it has, and with the next step's.
+
+    Not with the next step's beside rollouts: its rows are not known before this step has changed the student.
+    """
     teacher, loader = session.parts.teacher, session.parts.loader
     if not isinstance(teacher, ReadsAhead):
         return
     teacher.prepare(micro_batches, request=setting.request)
-    following = loader.upcoming()
+    following = None if session.parts.rollouts is not None else loader.upcoming()
     if following is not None:
         later = _setting(session, step=progress.step + 1, max_steps=progress.max_steps)
         teacher.prepare(following, request=later.request)

@@ -16,7 +16,6 @@ from largekd.config.teacher import (
     MixtureTeacherConfig,
     OnlineTeacherConfig,
     RemoteTeacherConfig,
-    TeacherConfig,
 )
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
 from largekd.errors import ConfigError
@@ -34,8 +33,8 @@ class Sources:
     """What is known of both models before any weight is touched.
 
     With objective.translation `student_of_teacher` is (W,) the student's id of each of the teacher's, −1 where it has
-    none, and `shared_vocab_size` the student's own width. Of several teachers `teacher` is the first one that runs in
-    this job, or else the first one, and `members` are all of them; `shared_vocab_size` then counts the ids of all.
+    none, and `shared_vocab_size` the student's own width. Of several teachers `teacher` is the first and `members` are
+    all of them; `shared_vocab_size` then counts the ids of all.
     """
 
     teacher: ModelFolder
@@ -65,15 +64,13 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     members: tuple[ModelFolder, ...] = ()
     if isinstance(config.teacher, MixtureTeacherConfig):
         members = tuple(
-            _find_teacher(member.teacher, student=student, first=first, key=member_key(index))
+            _find(member.teacher.model, config=member.teacher, key=_member_model_key(index), first=first)
             for index, member in enumerate(config.teacher.members)
         )
-        teacher, teacher_key = members[0], member_key(0)
+        teacher, teacher_key = members[0], _member_model_key(0)
     else:
-        teacher, teacher_key = _find_teacher(config.teacher, student=student, first=first), "teacher"
-    tokenizer = load_tokenizer(
-        str(teacher.path), trust_remote_code=teacher.trust_remote_code, key=f"{teacher_key}.model"
-    )
+        teacher, teacher_key = _find_teacher(config, student=student, first=first)
+    tokenizer = load_tokenizer(str(teacher.path), trust_remote_code=teacher.trust_remote_code, key=teacher_key)
     if student is not None:
         student_config = student.config
         if config.student.layers is not None:
@@ -94,13 +91,14 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     }
     student_of_teacher = None
     if config.objective.translation is None:
-        shared = check_same_tokenizer(teacher_tokenizer, tokenizer, **widths, key=f"{teacher_key}.model")
+        shared = check_same_tokenizer(teacher_tokenizer, tokenizer, **widths, key=teacher_key)
         shared = min((shared, *_shared_with_members(members, tokenizer=tokenizer, student_vocab_size=shared)))
     else:
         shared = student_config.vocab_size
         student_of_teacher = torch.from_numpy(shared_tokens(teacher_tokenizer, tokenizer, **widths))
-    several = [(member_key(index), member.config) for index, member in enumerate(members)]
-    for key, model_config in (*(several or [("teacher", teacher.config)]), ("student", student_config)):
+    teachers = [(_member_model_key(index), member.config) for index, member in enumerate(members)]
+    student_key = "student.config" if config.student.config is not None else "student.model"
+    for key, model_config in (*(teachers or [(teacher_key, teacher.config)]), (student_key, student_config)):
         _check_positions(model_config, key=key, sequence_length=config.train.sequence_length)
     return Sources(
         teacher=teacher,
@@ -119,12 +117,16 @@ def member_key(index: int) -> str:
     return f"teacher.members.{index}.teacher"
 
 
+def _member_model_key(index: int) -> str:
+    return f"{member_key(index)}.model"
+
+
 def _shared_with_members(
     members: Sequence[ModelFolder], *, tokenizer: PreTrainedTokenizerBase, student_vocab_size: int
 ) -> Iterator[int]:
     """The ids that each of several teachers has in common with the student. Errors: TeacherError names the member."""
     for index, member in enumerate(members):
-        key = f"{member_key(index)}.model"
+        key = _member_model_key(index)
         theirs = load_tokenizer(str(member.path), trust_remote_code=member.trust_remote_code, key=key)
         yield check_same_tokenizer(
             theirs,
@@ -197,32 +199,42 @@ def build_average(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
     return Decoder(model=model)
 
 
-def _find_teacher(
-    teacher: TeacherConfig, *, student: ModelFolder | None, first: First, key: str = "teacher"
-) -> ModelFolder:
-    """Where the teacher's configuration and tokenizer are, and for an online one its weights; `key` is its place in the
-    configuration."""
+def _find_teacher(config: RunConfig, *, student: ModelFolder | None, first: First) -> tuple[ModelFolder, str]:
+    """Where the teacher's configuration and tokenizer are, with its weights where this job reads them; and the key that
+    names this place."""
+    teacher, key = config.teacher, "teacher.model"
     match teacher:
-        case OnlineTeacherConfig() | RemoteTeacherConfig():
-            return _find(teacher.model, config=teacher, key=f"{key}.model", first=first)
+        case OnlineTeacherConfig():
+            return _find(teacher.model, config=teacher, key=key, first=first), key
+        case RemoteTeacherConfig():
+            # Only a student that is made of the teacher's layers reads its weights.
+            weights = config.student.teacher_layers is not None
+            return _find(teacher.model, config=teacher, key=key, first=first, weights=weights), key
         case CachedTeacherConfig(model=str() as model):
-            return _find(model, config=teacher, key=f"{key}.model", first=first)
+            return _find(model, config=teacher, key=key, first=first), key
         case CachedTeacherConfig():
-            folder = Path(teacher.path).expanduser()
+            folder, key = Path(teacher.path).expanduser(), "teacher.path"
             read_manifest(folder)
-            return _find(str(folder / TEACHER_FOLDER), config=teacher, key=f"{key}.path", first=first)
+            return _find(str(folder / TEACHER_FOLDER), config=teacher, key=key, first=first), key
     assert student is not None
-    return student
+    return student, "student.model"
 
 
-def _find(name: str, *, config: Any, key: str, first: First) -> ModelFolder:
-    return find_model(name, key=key, revision=config.revision, trust_remote_code=config.trust_remote_code, first=first)
+def _find(name: str, *, config: Any, key: str, first: First, weights: bool = True) -> ModelFolder:
+    return find_model(
+        name,
+        key=key,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        first=first,
+        weights=weights,
+    )
 
 
 def _check_positions(model_config: PretrainedConfig, *, key: str, sequence_length: int) -> None:
     limit = getattr(model_config, "max_position_embeddings", None)
     if limit is not None and sequence_length > limit:
         raise ConfigError(
-            f"train.sequence_length = {sequence_length}: the {key} has {limit} positions (max_position_embeddings); "
-            f"lower it or choose another {key}.model."
+            f"train.sequence_length = {sequence_length}: the model of {key} has {limit} positions "
+            f"(max_position_embeddings); lower it or choose another {key}."
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from largekd.contracts import Batch
+from largekd.generation.batches import written_sample
 from largekd.runtime.ranks import gather_objects
 
 _SHOWN_IDS = 16
@@ -51,9 +52,16 @@ class Culprit:
     sample_ids: tuple[int, ...]
 
     def __str__(self) -> str:
-        shown = ", ".join(str(i) for i in self.sample_ids[:_SHOWN_IDS])
-        rest = f" and {len(self.sample_ids) - _SHOWN_IDS} more" if len(self.sample_ids) > _SHOWN_IDS else ""
+        # One sample may have several rollouts.
+        names = list(dict.fromkeys(map(_name, self.sample_ids)))
+        shown = ", ".join(names[:_SHOWN_IDS])
+        rest = f" and {len(names) - _SHOWN_IDS} more" if len(names) > _SHOWN_IDS else ""
         return f"rank {self.rank} ({self.where}; samples {shown or 'none'}{rest})"
+
+
+def _name(sample_id: int) -> str:
+    source = written_sample(sample_id)
+    return str(sample_id) if source is None else f"rollout of sample {source}"
 
 
 def find_culprits(

@@ -1,11 +1,11 @@
 """Building a remote teacher: its servers are asked who they are before anything else is built."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from largekd.config.divergence import TopKSignalConfig
 from largekd.config.run import RunConfig
+from largekd.config.schedule import extremes
 from largekd.config.teacher import RemoteTeacherConfig
 from largekd.data.vocabulary import PROBE, tokenizer_fingerprint
 from largekd.distillation.models import Sources
@@ -13,9 +13,16 @@ from largekd.errors import ConfigError, TeacherError
 from largekd.runtime.ranks import MainFirst, Ranks, Together
 from largekd.sharding.accelerator import device
 from largekd.teachers.remote import Patience, RemoteTeacher, Source
-from largekd.teachers.remote_http import Replicas
+from largekd.teachers.remote_http import Replicas, read_token
 from largekd.teachers.remote_own import Expected, OwnServers, fetch_head, read_head, read_info
-from largekd.teachers.remote_prompts import VLLM, Dialect, PromptServers, SGLang, probe_tokenizer
+from largekd.teachers.remote_prompts import (
+    VLLM,
+    Dialect,
+    PromptServers,
+    SGLang,
+    check_temperature,
+    probe_tokenizer,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,9 @@ def build_remote(
             raise ConfigError("objective.translation: a remote teacher must have the student's tokenizer.")
         replicas = Replicas(
             servers=teacher.servers,
-            token=_token(teacher),
+            token=None
+            if teacher.token_variable is None
+            else read_token(teacher.token_variable, key="teacher.token_variable"),
             timeout_s=teacher.timeout_s,
             retries=teacher.retries,
             # Ranks begin with different replicas.
@@ -56,17 +65,6 @@ def build_remote(
     return RemoteTeacher(source, patience=patience)
 
 
-def _token(teacher: RemoteTeacherConfig) -> str | None:
-    if teacher.token_variable is None:
-        return None
-    token = os.environ.get(teacher.token_variable)
-    if not token or not token.isascii() or not token.isprintable():
-        raise ConfigError(
-            f"teacher.token_variable = {teacher.token_variable!r}: no such environment variable, or it holds no token."
-        )
-    return token
-
-
 def _own_servers(
     replicas: Replicas, *, sources: Sources, config: RunConfig, ranks: Ranks, around: Surroundings
 ) -> Source:
@@ -75,6 +73,7 @@ def _own_servers(
         vocab_size=sources.teacher.config.vocab_size,
         shared_ids=sources.shared_vocab_size,
         sequence_length=config.train.sequence_length,
+        rows=max(config.train.micro_batch_size, config.eval.micro_batch_size or 1),
     )
     group = around.patience.group
     with Together(group=group):
@@ -95,18 +94,23 @@ def _prompt_servers(
             f"objective.signal.kind = {signal.kind!r}: teacher.protocol {teacher.protocol} gives the likeliest ids "
             "alone; set it to top_k, with objective.signal.k at most what the server allows."
         )
+    # The request of the first step says nothing of a curve's later values.
+    check_temperature(extremes(config.objective.temperature), tail=signal.tail)
     dialect: Dialect = SGLang()
     if teacher.protocol == "vllm":
         assert teacher.served_model is not None
         dialect = VLLM(model=teacher.served_model)
-        if ranks.is_main:
-            tokenizer = sources.teacher_tokenizer
-            probe_tokenizer(
-                replicas,
-                model=teacher.served_model,
-                text=PROBE,
-                encode=lambda text: list(tokenizer.encode(text, add_special_tokens=False)),
-            )
+    if ranks.is_main:
+        tokenizer = sources.teacher_tokenizer
+        probe_tokenizer(
+            replicas,
+            path=dialect.tokenize_path,
+            model=teacher.served_model,
+            text=PROBE,
+            expected=[list(tokenizer.encode(PROBE, add_special_tokens=special)) for special in (False, True)],
+            # Older SGLang has no such endpoint.
+            required=teacher.protocol == "vllm",
+        )
     return PromptServers(
         replicas=replicas, dialect=dialect, k=signal.k, tail=signal.tail, shared_ids=sources.shared_vocab_size
     )

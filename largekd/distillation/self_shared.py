@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from largekd.config.adapters import SelfSharedTeacherConfig
 from largekd.config.alignment import ClosestLayersConfig
+from largekd.config.objective_checks import TEACHER_LOSS
 from largekd.config.run import RunConfig
 from largekd.contracts import Batch, HiddenSignal, TapRequest, Taps, TeacherSignal
 from largekd.distillation.model import NO_PLAN, DistillModel
@@ -26,9 +27,6 @@ from largekd.sharding.shards import register_external
 from largekd.teachers.self_shared import SelfSharedTeacher
 
 logger = logging.getLogger(__name__)
-
-TEACHER_LOSS = "teacher_cross_entropy"
-"""Name of the last summand: the teacher's own task loss, with factor 1."""
 
 
 class SelfSharedModel(DistillModel):
@@ -185,9 +183,8 @@ def closest_pairs(objective: Objective, *, kept: tuple[int, ...], depth: int) ->
     pairs = {}
     for entry in objective.features:
         if isinstance(entry.layers, ClosestLayersConfig):
-            found = pair_layers(
-                entry.layers, student_depth=len(kept), teacher_depth=depth, kept=kept, key=f"objective.{entry.name}"
-            )
+            key = f"objective.features.{entry.name}"
+            found = pair_layers(entry.layers, student_depth=len(kept), teacher_depth=depth, kept=kept, key=key)
             pairs[entry.name] = tuple(LayerPair(kept[pair.student], pair.teacher) for pair in found)
     return pairs
 

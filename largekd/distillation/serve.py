@@ -3,7 +3,6 @@
 import hashlib
 import ipaddress
 import logging
-import os
 import queue
 import signal
 import tempfile
@@ -31,6 +30,7 @@ from largekd.runtime.ranks import MainFirst, Ranks, Together, current_ranks, new
 from largekd.runtime.shutdown import StopSignal
 from largekd.sharding.accelerator import device
 from largekd.sharding.cluster import process_group
+from largekd.teachers.remote_http import read_token
 from largekd.teachers.remote_own import HeadInfo, ServerInfo
 from largekd.teachers.remote_wire import DTYPE_NAMES, PROTOCOL, Limits
 from largekd.teachers.served import ServedTeacher, Work
@@ -44,12 +44,8 @@ _HEAD_FILE = "head.safetensors"
 
 
 def check_address(host: str, *, token_variable: str | None) -> str | None:
-    """The token. Errors: ConfigError for a variable that is not set, and for a public address without a token."""
-    token = None
-    if token_variable is not None:
-        token = os.environ.get(token_variable)
-        if not token:
-            raise ConfigError(f"--token-variable {token_variable}: no such environment variable, or it is empty.")
+    """The token. Errors: ConfigError for a variable without a token, and for a public address without one."""
+    token = None if token_variable is None else read_token(token_variable, key="--token-variable")
     if token is None and not _is_loopback(host):
         raise ConfigError(
             f"--host {host}: whoever reaches it could use the teacher; name the environment variable with a token by "

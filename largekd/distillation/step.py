@@ -13,7 +13,7 @@ from largekd.monitoring.timers import Timers
 from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.terms import Objective
 from largekd.runtime.ranks import all_sum
-from largekd.teachers.protocol import Teacher
+from largekd.teachers.protocol import CountsSkips, Teacher
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,11 @@ def train_step(
     with timers.section("optimizer"):
         outcome = engine.step(lr=lr)
     totals = {name: torch.stack([output[name] for output in figures]).sum(dim=0) for name in figures[0]}
-    if outcome.applied:
-        with timers.section("teacher"):
+    with timers.section("teacher"):
+        if outcome.applied:
             teacher.after_step(totals)
+        elif isinstance(teacher, CountsSkips):
+            teacher.after_skipped_step()
     # The alignment's part was filled by the backward passes.
     parts = ("squares", "alignment_squares", "teacher_squares", "deep_squares")
     squares = [totals.pop(name) for name in parts if name in totals]

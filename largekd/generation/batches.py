@@ -15,7 +15,13 @@ from largekd.data.store import SampleStore
 from largekd.generation.buffer import Rollout, RolloutRow
 
 FIRST_ID = 2**40
-"""Sample ids of rollouts begin here: no data set is as large."""
+"""Sample ids of rollouts begin here: no data set is as large. FIRST_ID · (1 + place) + sample is the rollout at `place`
+among a batch's, which answers the prompt of `sample`."""
+
+
+def written_sample(sample: int) -> int | None:
+    """The training sample whose prompt a rollout with this id answers; None for the id of a training sample."""
+    return sample % FIRST_ID if sample >= FIRST_ID else None
 
 
 class StepSamples:
@@ -41,13 +47,13 @@ class StepSamples:
         """See SampleStore."""
         if sample < FIRST_ID:
             return self._of_data.ids(sample)
-        return np.array(self._rollouts[sample - FIRST_ID].ids, np.int32)
+        return np.array(_at(sample, rollouts=self._rollouts).ids, np.int32)
 
     def label_mask(self, sample: int) -> NDArray[np.uint8] | None:
         """See SampleStore; of a rollout the answer's tokens are labels."""
         if sample < FIRST_ID:
             return self._of_data.label_mask(sample)
-        rollout = self._rollouts[sample - FIRST_ID]
+        rollout = _at(sample, rollouts=self._rollouts)
         return (np.arange(len(rollout.ids)) >= rollout.prompt).astype(np.uint8)
 
     def token_weights(self, sample: int) -> NDArray[np.float32] | None:
@@ -60,11 +66,16 @@ class StepSamples:
         return self._data
 
 
+def _at(sample: int, *, rollouts: Sequence[Rollout]) -> Rollout:
+    return rollouts[sample // FIRST_ID - 1]
+
+
 def row_of(rollouts: Sequence[Rollout], *, first: int) -> Row:
     """The row of these rollouts, one after another; `first` is the place of the first one among the step's."""
     segments, used = [], 0
     for place, rollout in enumerate(rollouts):
-        segments.append(Segment(FIRST_ID + first + place, used, len(rollout.ids) - 1))
+        segment_id = FIRST_ID * (1 + first + place) + rollout.sample_id
+        segments.append(Segment(segment_id, used, len(rollout.ids) - 1))
         used += len(rollout.ids) - 1
     return tuple(segments)
 
@@ -105,7 +116,7 @@ def _as_sampled(batch: Batch, *, rollouts: Sequence[Rollout]) -> Batch:
         for segment in row:
             if segment.sample_id < FIRST_ID:
                 continue
-            rollout = rollouts[segment.sample_id - FIRST_ID]
+            rollout = _at(segment.sample_id, rollouts=rollouts)
             # Position t predicts token t + 1.
             answer = slice(segment.offset + rollout.prompt - 1, segment.offset + segment.length)
             task_BS[place, answer] = 0.0

@@ -51,6 +51,15 @@ class RolloutBuffer:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def rows(self) -> tuple[RolloutRow, ...]:
+        """All rows as they are now, oldest first."""
+        return tuple(self._rows)
+
+    def put_back(self, rows: Sequence[RolloutRow]) -> None:
+        """Hold what `rows` was, and nothing else."""
+        self._rows = list(rows)
+
     def usable(self, *, step: int) -> int:
         """Rows that may be used at `step`; those that may never be again are dropped."""
         self._rows = [row for row in self._rows if row.uses < self._reuse and step - row.born <= self._max_staleness]

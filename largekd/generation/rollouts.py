@@ -60,6 +60,7 @@ class Rollouts:
         self._buffer = RolloutBuffer(reuse=config.reuse, max_staleness=config.max_staleness)
         longest = config.prompt_tokens + config.max_new_tokens - 1
         self._per_row = shape.sequence_length // longest if shape.packing else 1
+        self._former = self._buffer.rows
         self._latest: list[RolloutRow] = []
         self._metrics: dict[str, float] = {}
 
@@ -81,6 +82,10 @@ class Rollouts:
         """Become what `state` returned. Errors: CheckpointError."""
         self._buffer.restore(state)
 
+    def take_back(self) -> None:
+        """The step that was made last counts neither as written nor as used; iterators are not moved."""
+        self._buffer.put_back(self._former)
+
     def steps(
         self, steps: Iterator[Sequence[Batch]], *, first: int, beat: Callable[[], None]
     ) -> Iterator[Sequence[Batch]]:
@@ -93,6 +98,7 @@ class Rollouts:
 
     def _replaced(self, batches: Sequence[Batch], *, step: int, beat: Callable[[], None]) -> list[Batch]:
         shape = self._shape
+        self._former = self._buffer.rows
         generator = np.random.default_rng((shape.seed, _ROWS_STREAM, step))
         chosen = np.flatnonzero(generator.random(shape.global_batch_size) < self._config.share).tolist()
         started = time.perf_counter()
@@ -121,8 +127,10 @@ class Rollouts:
 
     def _write(self, rows: int, *, step: int, beat: Callable[[], None]) -> list[RolloutRow]:
         """New rows; their answers are written by all ranks, contiguous shares of one list."""
-        count, each = rows * self._per_row, self._config.samples_per_prompt
-        prompts = self._prompts.choose(step=step, count=-(-count // each))
+        kept, each, policy = rows * self._per_row, self._config.samples_per_prompt, self._config.policy_gradient
+        prompts = self._prompts.choose(step=step, count=-(-kept // each))
+        # An answer whose fellows were left out would have no baseline.
+        count = len(prompts) * each if policy is not None and policy.baseline == "leave_one_out" else kept
         share = -(-count // self._ranks.world_size)
         start = min(self._ranks.rank * share, count)
         own = range(start, min(start + share, count))
@@ -140,15 +148,15 @@ class Rollouts:
             )
             for index, answer in zip(own, answers, strict=True)
         ]
-        if self._config.policy_gradient is not None:
+        if policy is not None:
             beat()
             made = self._scored(made, share=share)
         rollouts = self._gathered(made, prompts=prompts)
-        if self._config.policy_gradient is not None:
+        if policy is not None:
             given = advantages(
                 [np.array(rollout.rewards) for rollout in rollouts],
                 groups=[index // each for index in range(count)],
-                config=self._config.policy_gradient,
+                config=policy,
             )
             rollouts = [
                 replace(rollout, advantage=tuple(one.tolist())) for rollout, one in zip(rollouts, given, strict=True)

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from largekd.errors import ConfigError
 from largekd.generation.sampling import DrawRule, Seed, SeededDraws
-from largekd.models.replica import whole_bytes, whole_copy
+from largekd.models.replica import is_copyable, whole_bytes, whole_copy
 from largekd.runtime.ranks import Ranks, all_agree
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class Writer:
     whole: the weights are copied whole to every rank once per `write`, which then writes without communication.
     streamed: the shards stay where they are; each module gathers its own for every token, and all ranks go on until
     the last one has finished. The model's mode is as before afterwards, and no gradient is recorded.
+    auto: whole where it fits, streamed for a model that cannot be copied; with `whole` that is a ConfigError at once.
     """
 
     def __init__(
@@ -85,6 +87,8 @@ class Writer:
         self._model, self._rule, self._stops, self._device, self._ranks = model, rule, stops, device, ranks
         self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
         self._gather = gather
+        if gather != "streamed" and not is_copyable(model):
+            self._gather = self._without_copy()
 
     def write(self, questions: Sequence[Question], *, calls: int, beat: Callable[[], None]) -> list[Answer]:
         """Answers in the order of the questions, `batch_size` at a time. A collective call.
@@ -123,6 +127,17 @@ class Writer:
             yield self._model, self._ranks.world_size > 1
         finally:
             self._model.train(was_training)
+
+    def _without_copy(self) -> Literal["streamed"]:
+        name = type(self._model).__name__
+        if self._gather == "whole":
+            raise ConfigError(
+                f"rollouts.gather = whole: a {name} with modules that its config.json does not name cannot be copied; "
+                "choose rollouts.gather=streamed."
+            )
+        if self._ranks.is_main:
+            logger.info("rollouts.gather = auto: shards, for config.json does not describe all of this %s", name)
+        return "streamed"
 
     def _fitting(self) -> Literal["whole", "streamed"]:
         """whole where every rank has room for it; decided once."""

@@ -157,8 +157,9 @@ class AdaptedLinear(nn.Module):
 
 def masked(x_PI: Tensor, mask_I: Tensor, *, salience: Tensor | None) -> Tensor:
     """mask ∘ x. Where gradients are recorded, the backward pass adds mask ∘ ∂L/∂mask to `salience`, float32 (I,)."""
-    if salience is None or not (torch.is_grad_enabled() and x_PI.requires_grad):
+    if salience is None or not torch.is_grad_enabled():
         return x_PI * mask_I
+    assert x_PI.requires_grad, "no gradient reaches the mask: its units would seem to be worth nothing"
     result: Tensor = _Masked.apply(x_PI, mask_I, salience)
     return result
 
@@ -192,6 +193,8 @@ def adapt(model: PreTrainedModel, *, config: AdaptersConfig, ds_config: Mapping[
     path, found = layers_path(model), 0
     with sharded_modules(ds_config, seed=seed):
         for index, layer in enumerate(_layers(model)):
+            if index == 0:
+                layer.register_forward_pre_hook(_with_gradients, with_kwargs=True)
             binding = Binding()
             layer.get_submodule("self_attn").register_forward_pre_hook(binding.bind, with_kwargs=True)
             for name, units in _UNITS.items():
@@ -207,6 +210,21 @@ def adapt(model: PreTrainedModel, *, config: AdaptersConfig, ds_config: Mapping[
             f"teacher.adapters.pattern = {config.pattern!r}: finds no linear layer of the decoder; they are called "
             f"{path}.0.self_attn.q_proj and so on, with {', '.join(name.split('.')[1] for name in _UNITS)}."
         )
+
+
+def _with_gradients(
+    _module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The hook before the first decoder layer: the embedding's output requires gradients.
+
+    Else those of a frozen model begin at its first adapter, and the units before it would have no salience. A hook on
+    the embedding itself would do the same, but ZeRO-3 would gather its weight once more for the backward pass.
+    """
+    if not torch.is_grad_enabled():
+        return inputs, options
+    if inputs:
+        return (inputs[0].detach().requires_grad_(), *inputs[1:]), options
+    return inputs, options | {"hidden_states": options["hidden_states"].detach().requires_grad_()}
 
 
 def check_family(config: PretrainedConfig) -> None:

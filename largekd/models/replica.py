@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from largekd.errors import ConfigError
 from largekd.sharding.shards import full_numel, gathered
 
 
@@ -18,26 +17,37 @@ def whole_bytes(model: nn.Module) -> int:
     return sum(full_numel(parameter) * parameter.element_size() for parameter in model.parameters())
 
 
+def is_copyable(model: PreTrainedModel) -> bool:
+    """Whether config.json alone describes all of the model's parameters and buffers. Takes no memory for weights."""
+    return _names(_blank(model, on=torch.device("meta"))) == _names(model)
+
+
+def _names(model: nn.Module) -> tuple[set[str], set[str]]:
+    return {name for name, _ in model.named_parameters()}, {name for name, _ in model.named_buffers()}
+
+
+def _blank(model: PreTrainedModel, *, on: torch.device) -> PreTrainedModel:
+    """The model that config.json describes, without its weights."""
+    with no_init_weights(), on:
+        blank = type(model)._from_config(deepcopy(model.config), dtype=model.dtype)
+    blank.tie_weights()
+    return blank
+
+
 @contextmanager
 def whole_copy(model: PreTrainedModel, *, device: torch.device) -> Iterator[PreTrainedModel]:
     """The same model with its weights of this moment, whole on every rank, in eval mode; its memory is given back when
-    the block ends. A collective call. Errors: ConfigError for a model that its config.json alone does not describe.
+    the block ends. A collective call, for a model that is copyable.
 
     The sharded model itself is left alone: running it with gathered weights would release them after the first token,
     and taking its hooks off would spoil the order in which its engine fetches ahead. Parameters are gathered one at a
     time.
     """
-    with no_init_weights(), torch.device(device):
-        copy = type(model)._from_config(deepcopy(model.config), dtype=model.dtype)
-    copy.tie_weights()
+    copy = _blank(model, on=device)
+    assert _names(copy) == _names(model), "see is_copyable"
     copy.requires_grad_(False)
     copy.eval()
     own, buffers = dict(copy.named_parameters()), dict(copy.named_buffers())
-    if own.keys() != dict(model.named_parameters()).keys():
-        raise ConfigError(
-            f"rollouts.gather: a {type(model).__name__} with modules that its config.json does not name cannot be "
-            "copied; choose rollouts.gather=streamed."
-        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             with gathered([parameter]):

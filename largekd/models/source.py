@@ -12,8 +12,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from largekd.errors import ConfigError
 
-# Weights, configuration and tokenizer; Python files come only where the user trusts them.
-_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja")
+# Configuration and tokenizer; Python files come only where the user trusts them.
+_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
+_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json")
 _HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -33,15 +34,19 @@ def find_model(
     revision: str | None,
     trust_remote_code: bool,
     first: Callable[[], AbstractContextManager[None]],
+    weights: bool = True,
 ) -> ModelFolder:
     """The folder and configuration of `name`; `key` is the configuration key that named it, for messages.
 
-    `first` lets one rank of each host run ahead, so that a hub model is fetched once per host.
+    `first` lets one rank of each host run ahead, so that a hub model is fetched once per host; without `weights` its
+    configuration and tokenizer alone are fetched.
     Errors: ConfigError when it cannot be had or cannot be read.
     """
     path = Path(name).expanduser()
     if not path.is_dir():
-        path = _fetch(name, key=key, revision=revision, trust_remote_code=trust_remote_code, first=first)
+        path = _fetch(
+            name, key=key, revision=revision, trust_remote_code=trust_remote_code, first=first, weights=weights
+        )
     return ModelFolder(
         path=path,
         config=read_config(path, key=key, trust_remote_code=trust_remote_code),
@@ -66,6 +71,7 @@ def _fetch(
     revision: str | None,
     trust_remote_code: bool,
     first: Callable[[], AbstractContextManager[None]],
+    weights: bool,
 ) -> Path:
     if not _HUB_NAME.match(name) or name.startswith((".", "assets/")):
         hint = f" `python tools/fetch_assets.py {Path(name).name}` may bring it." if name.startswith("assets/") else ""
@@ -76,7 +82,7 @@ def _fetch(
             f"{place}.trust_remote_code = true for the hub model {name!r} needs {place}.revision: without it, "
             "code that nobody has looked at could run tomorrow. Give the commit that you trust."
         )
-    patterns = [*_PATTERNS, "*.py"] if trust_remote_code else list(_PATTERNS)
+    patterns = [*_PATTERNS, *(_WEIGHT_PATTERNS if weights else ()), *(["*.py"] if trust_remote_code else ())]
     try:
         with first():
             return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))

@@ -79,11 +79,15 @@ def render_summary(summary: Mapping[str, Any]) -> str:
         f"{'held-out text':<20}{'perplexity':>12}{'KL to teacher (nats/token)':>30}",
     ]
     rows = (("student, before", "before"), ("student, after", "after"), ("teacher", "teacher"))
+    students = [figures["perplexity"] for name in ("before", "after") if (figures := summary["eval"].get(name))]
+    # Ids drawn from a teacher tell neither its perplexity nor a distance to it, and the student's own figure is there.
+    missing = "not finite" if None in students else "not known"
     for label, key in rows:
         figures = summary["eval"].get(key)
         if figures:
-            kl = _number(figures["kl"], "{:.4f}") if "kl" in figures else ""
-            lines.append(f"{label:<20}{_number(figures['perplexity'], '{:,.2f}'):>12}{kl:>30}".rstrip())
+            kl = _number(figures["kl"], "{:.4f}", missing=missing) if "kl" in figures else ""
+            perplexity = _number(figures["perplexity"], "{:,.2f}", missing=missing)
+            lines.append(f"{label:<20}{perplexity:>12}{kl:>30}".rstrip())
         else:
             lines.append(f"{label:<20}{'not evaluated':>16}")
     peaks = ", ".join(f"{peak / 1e9:.2f} GB" for peak in summary["peak_rss_bytes"])
@@ -107,8 +111,8 @@ def _where(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _number(value: float | None, form: str) -> str:
-    return "not finite" if value is None else form.format(value)
+def _number(value: float | None, form: str, *, missing: str = "not finite") -> str:
+    return missing if value is None else form.format(value)
 
 
 def _duration(seconds: float | None) -> str:

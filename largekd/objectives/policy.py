@@ -49,9 +49,10 @@ def returns_to_go(reward_L: Floats, *, discount: float, length_normalise: bool) 
 def advantages(rewards: Sequence[Floats], *, groups: Sequence[int], config: PolicyGradientConfig) -> list[Floats]:
     """Per sample the returns less the baseline.
 
-    groups: samples with the same number are answers to the same prompt. batch_mean is the mean of all returns, the
-    token's own included, which shrinks the gradient a little; leave_one_out is the mean over the prompt's other
-    samples of the return at the same position, 0 beyond their ends, and leaves the mean gradient as it is.
+    groups: samples with the same number are answers to the same prompt; leave_one_out needs two or more of each.
+    batch_mean is the mean of all returns, the token's own included, which shrinks the gradient a little; leave_one_out
+    is the mean over the prompt's other samples of the return at the same position, 0 beyond their ends, and leaves the
+    mean gradient as it is.
     """
     returns = [
         returns_to_go(reward_L, discount=config.discount, length_normalise=config.length_normalise)
@@ -70,8 +71,7 @@ def advantages(rewards: Sequence[Floats], *, groups: Sequence[int], config: Poli
 def _without_others(place: int, *, returns: Sequence[Floats], groups: Sequence[int]) -> Floats:
     own_L = returns[place]
     others = [index for index, group in enumerate(groups) if group == groups[place] and index != place]
-    if not others:
-        return own_L
+    assert others, "a sample with no other sample of its prompt has no baseline"
     total_L = np.zeros_like(own_L)
     for index in others:
         shared = min(len(own_L), len(returns[index]))

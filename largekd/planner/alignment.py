@@ -264,5 +264,10 @@ def _signal(objective: ObjectiveConfig, *, teacher: Side, tokens: int) -> Iterat
             per_token = draws * (_ID_BYTES + 2 * _FLOAT_BYTES)
     yield teacher.term("signal of a few ids", "accelerator", "student", tokens * per_token)
     if per_token and teacher.has_weights:
-        logits = min(tokens, _READOUT_TOKENS) * teacher.shape.vocab_size * _FLOAT_BYTES
-        yield teacher.term("logits that they are read off", "accelerator", "student", 4 * logits)
+        yield readout_term(teacher, tokens=tokens)
+
+
+def readout_term(teacher: Side, *, tokens: int) -> MemoryTerm:
+    """What exists while ids are read off a teacher's hidden states."""
+    logits = min(tokens, _READOUT_TOKENS) * teacher.shape.vocab_size * _FLOAT_BYTES
+    return teacher.term("logits that they are read off", "accelerator", "student", 4 * logits)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from largekd.config.checks import check_world
 from largekd.config.placement import read_placements
 from largekd.config.run import RunConfig
-from largekd.config.teacher import EMATeacherConfig
 from largekd.errors import ConfigError
 from largekd.planner.alignment import alignment_terms, alignment_warnings
 from largekd.planner.locate import read_model_config
@@ -51,8 +50,7 @@ def plan(config: RunConfig, *, world_size: int) -> Plan:
     # Only a single teacher can lend its layers.
     student = _student_shape(config, teacher=found[0].side.shape, teacher_model=found[0].model)
     for teacher in found:
-        key = "student.model" if isinstance(teacher.config, EMATeacherConfig) else f"{teacher.key}.model"
-        _check_positions(config, key=key, shape=teacher.side.shape)
+        _check_positions(config, key=teacher.model_key, shape=teacher.side.shape)
     _check_positions(config, key="student.model", shape=student)
     student_side = Side("student", student, placements.student, world_size, dtype_bytes)
     for teacher in found:

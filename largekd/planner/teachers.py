@@ -4,12 +4,17 @@ Letters in the formulas: P parameters, R ranks, b bytes of the compute dtype, E 
 kept entries, T tokens of a micro-batch on one rank.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
 
 from largekd.config.adapters import SelfSharedTeacherConfig
-from largekd.config.divergence import SampledSignalConfig, TopKSignalConfig
+from largekd.config.cache import CodecConfig, SampledCodecConfig, TopKCodecConfig
+from largekd.config.divergence import SampledSignalConfig, SignalConfig, TopKSignalConfig
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.placement import Placements
 from largekd.config.run import RunConfig
@@ -20,6 +25,7 @@ from largekd.config.teacher import (
     OnlineTeacherConfig,
     RemoteTeacherConfig,
 )
+from largekd.planner.alignment import readout_term
 from largekd.planner.errors import PlanUnavailableError
 from largekd.planner.locate import read_model_config
 from largekd.planner.memory import MemoryTerm, Side
@@ -27,6 +33,9 @@ from largekd.planner.shapes import ModelShape, read_shape
 
 CACHED_CONFIG = "teacher/config.json"
 """Where a cache keeps its teacher's configuration."""
+
+CACHED_MANIFEST = "manifest.json"
+"""Where a cache says what is stored."""
 
 _FLOAT_BYTES = 4
 _ID_BYTES = 8
@@ -43,6 +52,16 @@ class TeacherPlan:
     config: SingleConfig
     model: str
     side: Side
+
+    @property
+    def model_key(self) -> str:
+        """The configuration key that names its model."""
+        match self.config:
+            case EMATeacherConfig():
+                return "student.model"
+            case CachedTeacherConfig(model=None):
+                return f"{self.key}.path"
+        return f"{self.key}.model"
 
 
 def find_teachers(
@@ -78,8 +97,16 @@ def kind_terms(
         match teacher.config:
             case EMATeacherConfig():
                 terms += _average(teacher.side)
-            case CachedTeacherConfig() | RemoteTeacherConfig():
-                terms += _received(teacher.side, objective=objective, tokens=tokens, accumulation=accumulation)
+            case CachedTeacherConfig() as cached:
+                terms += _cached(cached, teacher.side, signal=objective.signal, tokens=tokens)
+            case RemoteTeacherConfig(protocol=protocol):
+                terms += _remote(
+                    teacher.side,
+                    protocol=protocol,
+                    signal=objective.signal,
+                    tokens=tokens,
+                    accumulation=accumulation,
+                )
     return tuple(term for term in terms if term.bytes)
 
 
@@ -108,20 +135,73 @@ def _average(side: Side) -> Iterator[MemoryTerm]:
     yield side.term("update of one tensor's average", place, "update", 3 * _FLOAT_BYTES * largest)
 
 
-def _received(side: Side, *, objective: ObjectiveConfig, tokens: int, accumulation: int) -> Iterator[MemoryTerm]:
-    """Signals of a whole step wait in host memory, those of a micro-batch are on the accelerator.
+def _remote(side: Side, *, protocol: str, signal: SignalConfig, tokens: int, accumulation: int) -> Iterator[MemoryTerm]:
+    """Host memory has the signals of two steps, this one's and the next one's, which is asked for ahead.
 
-    Hidden states are T · E · b and need the teacher's head, W · E · b, whole on every rank; ids with log-probabilities
-    are T · K · 12, which the plan counts with the signals of a few ids.
+    A hidden state is E · b, K ids with log-probabilities are K · 12. This project's own servers give the vocabulary
+    head, W · E · b, whatever is asked of them; every rank has it whole.
     """
-    shape, b = side.shape, side.dtype_bytes
-    match objective.signal:
-        case TopKSignalConfig(k=k):
-            per_token = k * (_ID_BYTES + _FLOAT_BYTES)
-        case SampledSignalConfig(draws=draws):
-            per_token = draws * (_ID_BYTES + 2 * _FLOAT_BYTES)
-        case _:
-            per_token = shape.width * b
-            yield side.term("vocabulary head, whole", "accelerator", "always", shape.vocab_size * shape.width * b)
-            yield side.term("hidden states", "accelerator", "student", tokens * per_token)
-    yield side.term("signals of the whole step", "host", "always", accumulation * tokens * per_token)
+    per_token = _entry_bytes(signal)
+    if protocol == "largekd":
+        yield _head(side, dtype_bytes=side.dtype_bytes)
+    if per_token is None:
+        per_token = side.shape.width * side.dtype_bytes
+        yield side.term("hidden states", "accelerator", "student", tokens * per_token)
+    yield side.term("signals of two steps", "host", "always", 2 * accumulation * tokens * per_token)
+
+
+def _cached(entry: CachedTeacherConfig, side: Side, *, signal: SignalConfig, tokens: int) -> Iterator[MemoryTerm]:
+    """Host memory has the records of one micro-batch; what is stored decides, which may be more than is asked for.
+
+    Stored hidden states are E · b with b of the stored dtype, and need the head, W · E · b, whole on every rank.
+    Records of K ids are counted as K · 12, which is more than they are.
+    """
+    stored = _stored(entry)
+    kept = signal if stored is None else stored.codec
+    per_token, b = _entry_bytes(kept), side.dtype_bytes if stored is None else stored.dtype_bytes
+    if per_token is None:
+        per_token = side.shape.width * b
+        yield _head(side, dtype_bytes=b)
+        yield side.term("hidden states", "accelerator", "student", tokens * per_token)
+        if _entry_bytes(signal) is not None:
+            yield readout_term(side, tokens=tokens)
+    yield side.term("records of a micro-batch", "host", "always", tokens * per_token)
+
+
+def _head(side: Side, *, dtype_bytes: int) -> MemoryTerm:
+    count = side.shape.vocab_size * side.shape.width
+    return side.term("vocabulary head, whole", "accelerator", "always", count * dtype_bytes)
+
+
+def _entry_bytes(signal: SignalConfig | CodecConfig) -> int | None:
+    """Bytes of a token's ids with their numbers; None: its hidden state."""
+    match signal:
+        case TopKSignalConfig(k=k) | TopKCodecConfig(k=k):
+            return k * (_ID_BYTES + _FLOAT_BYTES)
+        case SampledSignalConfig(draws=draws) | SampledCodecConfig(draws=draws):
+            return draws * (_ID_BYTES + 2 * _FLOAT_BYTES)
+    return None
+
+
+class _Teacher(BaseModel):
+    precision: Literal["fp32", "bf16", "fp16"]
+
+
+class _Stored(BaseModel):
+    """What the plan reads of a cache's manifest."""
+
+    codec: CodecConfig
+    teacher: _Teacher
+
+    @property
+    def dtype_bytes(self) -> int:
+        return 4 if self.teacher.precision == "fp32" else 2
+
+
+def _stored(entry: CachedTeacherConfig) -> _Stored | None:
+    """None: there is no manifest that can be read; the run itself will say why."""
+    path = Path(entry.path).expanduser() / CACHED_MANIFEST
+    try:
+        return _Stored.model_validate(json.loads(path.read_text(encoding="utf-8"))["identity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -13,7 +13,7 @@ are the positions whose label is to be learnt, in order; that depends on the sam
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,7 @@ from largekd.contracts import Origin, Segment
 from largekd.errors import ConfigError, TeacherError
 from largekd.runtime.faults import fault_point
 from largekd.runtime.files import fsync_path, read_json, temporary_sibling, write_json
+from largekd.runtime.ranks import Ranks
 
 FORMAT = 1
 JOB_FILE = "job.json"
@@ -40,6 +41,7 @@ HEAD_FILE = "head.safetensors"
 ORIGINS: tuple[Origin, ...] = ("train", "eval")
 
 _HASH_CHUNK_BYTES = 1 << 22
+_MAKE_AGAIN = "start launch/cache_teacher.py again, it makes what is missing"
 
 
 class TeacherIdentity(Frozen):
@@ -178,6 +180,27 @@ def verified_shard(path: Path) -> ShardRecord | None:
         return None
 
 
+def check_shards(
+    folder: Path, *, manifest: Manifest, origins: Iterable[Origin], token_bytes: int, ranks: Ranks
+) -> None:
+    """Whether each of the manifest's shards is there with all its bytes; the ranks of a host share them out.
+
+    Args: token_bytes: of a token's record, see Codec. Errors: TeacherError naming one that is not.
+    """
+    shards = [(origin, number) for origin in origins for number in range(len(manifest.shards[origin]))]
+    for origin, number in shards[ranks.local_rank :: ranks.local_world_size]:
+        record, path = manifest.shards[origin][number], shard_path(folder, origin=origin, number=number)
+        try:
+            with open(path, "rb") as stream:
+                # A safetensors file: eight bytes with the length of the header, the header, the tensors.
+                header = int.from_bytes(stream.read(8), "little")
+                size = os.fstat(stream.fileno()).st_size
+        except OSError as error:
+            raise TeacherError(f"{path}: a shard of the cache cannot be read ({error}); {_MAKE_AGAIN}.") from error
+        if size != 8 + header + record.tokens * token_bytes + 8 * (record.samples + 1):
+            raise TeacherError(f"{path}: a shard of the cache is damaged, it has {size} bytes; {_MAKE_AGAIN}.")
+
+
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     total = hashlib.sha256()
@@ -238,10 +261,7 @@ class _Shard:
             # The tensors are views of a private map of the file: nothing is read before it is looked at.
             tensors = load_file(path)
         except (OSError, SafetensorError) as error:
-            raise TeacherError(
-                f"{path}: a shard of the cache cannot be read ({error}); start launch/cache_teacher.py again, it makes "
-                "what is missing."
-            ) from error
+            raise TeacherError(f"{path}: a shard of the cache cannot be read ({error}); {_MAKE_AGAIN}.") from error
         self.offsets: NDArray[np.int64] = tensors.pop("offsets").numpy()
         self.columns = {name: (tensor.dtype, _as_numpy(tensor)) for name, tensor in tensors.items()}
         if len(self.offsets) != record.samples + 1 or int(self.offsets[-1]) != record.tokens:

@@ -44,8 +44,8 @@ class Member:
 class MixtureTeacher:
     """p(v) = Σ_m w_m · p_m(v), which the vocabulary pass evaluates from the members' hidden states and heads.
 
-    Every member runs its forward on every batch, whatever the weights: ranks must call the same collectives. Captured
-    activations come from the member at `taps_from` alone (None: there are none).
+    Members are online teachers. Each runs its forward on every batch, whatever the weights: ranks must call the same
+    collectives. Captured activations come from the member at `taps_from` alone.
 
     Learned weights follow expectation maximisation, step by step: with the posterior r_m = w_m·p_m(y) / Σ of the labels
     y at temperature 1, w ← (1 − rate)·w + rate·mean r over the label tokens of all ranks. They stay a distribution; a
@@ -59,7 +59,7 @@ class MixtureTeacher:
         weighting: WeightingConfig,
         ranks: Ranks,
         device: torch.device,
-        taps_from: int | None = None,
+        taps_from: int = 0,
     ) -> None:
         self._members = tuple(members)
         self._weighting = weighting
@@ -81,11 +81,6 @@ class MixtureTeacher:
             raise TeacherError(
                 "objective.signal.kind: a mixture of teachers (teacher.kind) needs their whole distributions, because "
                 "the few ids that each of them would give are others; set it to full."
-            )
-        if request.taps and self._taps_from is None:
-            raise TeacherError(
-                "objective.features, objective.attention: none of teacher.members has layers in this job to compare "
-                "with; make one of them kind online or take these terms out."
             )
         for place, member in enumerate(self._members):
             member.teacher.check(self._request_of(place, request=request))
@@ -122,20 +117,14 @@ class MixtureTeacher:
         request: SignalRequest,
         log_weight_M: Tensor,
     ) -> TeacherSignal | None:
-        tapped = None if self._taps_from is None else signals[self._taps_from]
+        tapped = signals[self._taps_from]
         if request.distribution is None:
             return tapped
-        dense = []
-        for member, signal in zip(self._members, signals, strict=True):
-            if not isinstance(signal, HiddenSignal):
-                raise TeacherError(
-                    f"teacher.members: {member.name!r} gives less than its whole distribution, and a mixture is not "
-                    "known from that; use an online teacher, or one stored with its hidden states."
-                )
-            dense.append(signal)
+        dense = tuple(signal for signal in signals if isinstance(signal, HiddenSignal))
+        assert len(dense) == len(signals), "a mixture's members give whole distributions"
         routed = isinstance(self._weighting, RoutedWeightsConfig) and batch.teacher_BS is not None
         return MixtureSignal(
-            members=tuple(dense),
+            members=dense,
             log_weight_M=log_weight_M,
             confidence_scale=self._weighting.scale if isinstance(self._weighting, ConfidenceWeightsConfig) else None,
             route_T=batch.teacher_BS.reshape(-1)[batch.counted_T] if routed and batch.teacher_BS is not None else None,

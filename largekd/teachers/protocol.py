@@ -64,6 +64,14 @@ class Teacher(Protocol):
 
 
 @runtime_checkable
+class CountsSkips(Protocol):
+    """A teacher whose schedule counts the steps that were skipped too."""
+
+    def after_skipped_step(self) -> None:
+        """Called in place of `after_step` once the ranks have skipped a step. Not a collective call."""
+
+
+@runtime_checkable
 class ReadsAhead(Protocol):
     """A teacher that can begin with a step's signals before they are asked for."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from largekd.contracts import Batch, SignalRequest, TeacherSignal
 from largekd.errors import TeacherError
-from largekd.runtime.ranks import all_sum, gather_objects, raise_together
+from largekd.runtime.ranks import all_sum, gather_objects
 from largekd.teachers.protocol import StoppedWaitingError, TeacherGoneError
 from largekd.teachers.remote_http import RefusedError, UnavailableError
 
@@ -26,6 +26,10 @@ _PREPARED = 2
 logger = logging.getLogger(__name__)
 
 Answer = dict[str, Tensor]
+
+
+class TeacherRefusesError(TeacherGoneError):
+    """A server will never answer the request of this step: its token, its model or its address has changed."""
 
 
 class Source(Protocol):
@@ -83,7 +87,7 @@ class RemoteTeacher:
         if request.taps:
             raise TeacherError(
                 "a remote teacher sends no captured layers, which objective.features and objective.attention compare; "
-                "remove them or use teacher.kind online or cached."
+                "remove them or use a teacher that runs in this job, such as teacher.kind online."
             )
         self._source.check(request)
 
@@ -96,8 +100,8 @@ class RemoteTeacher:
     def signals(
         self, micro_batches: Sequence[Batch], *, request: SignalRequest
     ) -> Iterator[Iterator[TeacherSignal | None]]:
-        """See Teacher.signals. Errors, on all ranks and before anything else is done: TeacherError for a request that
-        is refused, TeacherGoneError after `wait_s`, StoppedWaitingError."""
+        """See Teacher.signals. Errors, on all ranks and before anything else is done: TeacherRefusesError,
+        TeacherGoneError after `wait_s`, StoppedWaitingError."""
         if request.distribution is None:
             yield iter([None] * len(micro_batches))
             return
@@ -154,9 +158,10 @@ class RemoteTeacher:
         return _Votes(*all_sum(torch.tensor(mine, dtype=torch.int32), group=self._patience.group).tolist())
 
     def _refuse(self, job: "_Job") -> None:
-        error = None if job.refusal is None else TeacherError(f"teacher.servers: {job.refusal}")
-        raise_together(error, group=self._patience.group)
-        raise AssertionError("some rank voted that it was refused")
+        """Raises on all ranks with one rank's reason, so that all of them save first. A collective call."""
+        refusals = gather_objects(job.refusal, group=self._patience.group)
+        reason = next(refusal for refusal in refusals if refusal)
+        raise TeacherRefusesError(f"teacher.servers: {reason}. Mend that, then start the same command again.")
 
     def _speak(self, job: "_Job", *, votes: "_Votes", waited_s: float) -> None:
         """A line on rank 0. A collective call."""

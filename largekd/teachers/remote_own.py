@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -30,9 +31,11 @@ from largekd.teachers.remote import Answer
 from largekd.teachers.remote_http import RefusedError, Replicas, UnavailableError
 from largekd.teachers.remote_wire import (
     CONTENT_TYPE,
+    MAX_MICRO_BATCHES,
     PROTOCOL,
     WireError,
     WireRequest,
+    check_wanted,
     decode_answer,
     encode_request,
 )
@@ -71,12 +74,13 @@ class ServerInfo(_Record):
 
 @dataclass(frozen=True)
 class Expected:
-    """What the run knows of the teacher that must be behind the servers."""
+    """What the run knows of the teacher that must be behind the servers; `rows`: of its largest micro-batch."""
 
     tokenizer: str
     vocab_size: int
     shared_ids: int
     sequence_length: int
+    rows: int
 
 
 def read_info(replicas: Replicas, *, expected: Expected) -> ServerInfo:
@@ -105,40 +109,67 @@ def read_info(replicas: Replicas, *, expected: Expected) -> ServerInfo:
             f"train.sequence_length = {expected.sequence_length}: the server takes rows of up to "
             f"{first.sequence_length}; lower it, or start the server with a longer train.sequence_length."
         )
+    positions = expected.rows * expected.sequence_length
+    if first.positions < positions:
+        raise TeacherError(
+            f"train.micro_batch_size or eval.micro_batch_size = {expected.rows}: with rows of train.sequence_length = "
+            f"{expected.sequence_length} these are {positions} positions, and the server takes up to "
+            f"{first.positions} in a request; lower it, or start the server with --positions {positions}."
+        )
     return first
 
 
 def fetch_head(replicas: Replicas, *, info: ServerInfo, folder: Path) -> Path:
-    """The head's file in `folder`, downloaded unless it is there; several hosts may do so at once.
+    """The head's file in `folder`, downloaded unless it is there and whole; several hosts may do so at once.
 
     Errors: TeacherError.
     """
     path = folder / f"teacher_head-{info.head.sha256[:16]}.safetensors"
-    if path.exists():
-        return path
     temporary = path.with_suffix(f".{uuid.uuid4().hex[:8]}.tmp")
-    digest = hashlib.sha256()
     try:
-        with open(temporary, "xb") as stream:
-
-            def write(piece: bytes) -> None:
-                digest.update(piece)
-                stream.write(piece)
-
-            replicas.download("/v1/head", write=write, size=info.head.bytes)
-        if digest.hexdigest() != info.head.sha256:
-            raise TeacherError("teacher.servers: the vocabulary head arrived damaged; start again.")
-        os.replace(temporary, path)
+        if _is_whole(path, head=info.head):
+            return path
+        try:
+            _download_head(replicas, head=info.head, target=temporary)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except (RefusedError, UnavailableError) as error:
         raise TeacherError(f"teacher.servers: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise TeacherError(f"{path}: the teacher's vocabulary head could not be kept there ({error}).") from error
     return path
+
+
+def _is_whole(path: Path, *, head: HeadInfo) -> bool:
+    """Whether the file is there with the right bytes: a disk or a crash may have left others under its name."""
+    if not path.exists() or path.stat().st_size != head.bytes:
+        return False
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() == head.sha256
+
+
+def _download_head(replicas: Replicas, *, head: HeadInfo, target: Path) -> None:
+    digest = hashlib.sha256()
+    with open(target, "xb") as stream:
+
+        def write(piece: bytes) -> None:
+            digest.update(piece)
+            stream.write(piece)
+
+        replicas.download("/v1/head", write=write, size=head.bytes)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if digest.hexdigest() != head.sha256:
+        raise TeacherError("teacher.servers: the vocabulary head arrived damaged; start again.")
 
 
 def read_head(path: Path, *, info: ServerInfo, device: torch.device) -> VocabularyHead:
     """The whole head on `device`: every rank holds it. Errors: TeacherError."""
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise TeacherError(f"{path}: the teacher's vocabulary head cannot be read ({error}).") from error
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is None or weight.ndim != 2 or weight.shape[0] < info.head.vocab_size or weight.shape[1] != info.width:
         raise TeacherError(f"{path}: not the head that the server described; remove the file.")
@@ -162,11 +193,17 @@ class OwnServers:
         self._shared_ids, self._rank = shared_ids, rank
 
     def check(self, request: SignalRequest) -> None:
-        """All distributions can be had."""
+        """Errors: TeacherError for more ids a position than a server sends."""
+        if request.distribution is None:
+            return
+        try:
+            check_wanted(request.distribution)
+        except WireError as error:
+            raise TeacherError(f"objective.signal: the teacher's servers refuse it: {error}.") from error
 
     def split(self, micro_batches: Sequence[Batch]) -> list[slice]:
         """See Source.split."""
-        share = -(-len(micro_batches) // len(self._replicas.servers))
+        share = min(-(-len(micro_batches) // len(self._replicas.servers)), MAX_MICRO_BATCHES)
         parts, start, positions = [], 0, 0
         for place, batch in enumerate(micro_batches):
             size = batch.input_ids_BS.numel()

@@ -6,12 +6,13 @@ input token, the prompt ends with that prediction's label, so that a server need
 
 The entries are at temperature 1, and the mass of the ids that are not named is 1 - their sum.
 Formats: vLLM's POST /v1/completions (`prompt_logprobs`) and POST /tokenize; SGLang's POST /generate
-(`return_logprob`, `top_logprobs_num`), as their documentation describes them.
+(`return_logprob`, `top_logprobs_num`) and POST /v1/tokenize, as their documentation and sources describe them.
 """
 
 import json
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -29,6 +30,10 @@ Entries = list[tuple[int, float]]
 _ENTRY_BYTES = 160
 _NEVER = -1.0e4
 _SLACK_BYTES = 1 << 20
+# A server without the endpoint, and one that was started without a tokenizer.
+_TELLS_NOTHING = frozenset({400, 404, 405, 500, 501})
+
+logger = logging.getLogger(__name__)
 
 
 class Dialect(Protocol):
@@ -37,6 +42,10 @@ class Dialect(Protocol):
     @property
     def path(self) -> str:
         """Where the requests go."""
+
+    @property
+    def tokenize_path(self) -> str:
+        """Where it tells how it splits a text."""
 
     def body(self, prompts: Sequence[Sequence[int]], *, k: int) -> dict[str, Any]:
         """The request's JSON."""
@@ -54,6 +63,7 @@ class VLLM:
 
     model: str
     path: str = "/v1/completions"
+    tokenize_path: str = "/tokenize"
 
     def body(self, prompts: Sequence[Sequence[int]], *, k: int) -> dict[str, Any]:
         """See Dialect.body."""
@@ -79,6 +89,7 @@ class SGLang:
     """SGLang's native endpoint."""
 
     path: str = "/generate"
+    tokenize_path: str = "/v1/tokenize"
 
     def body(self, prompts: Sequence[Sequence[int]], *, k: int) -> dict[str, Any]:
         """See Dialect.body."""
@@ -120,17 +131,14 @@ class PromptServers:
         self._k = min(k, shared_ids)
 
     def check(self, request: SignalRequest) -> None:
-        """Errors: TeacherError for drawn ids, and for a tail at another temperature than 1."""
+        """Errors: TeacherError for drawn ids, and for what needs the tail at another temperature than 1."""
         wanted = request.distribution
         if wanted is not None and wanted != "full" and not isinstance(wanted, TopKRequest):
             raise TeacherError(
                 "teacher.protocol: servers of prompts give the likeliest ids alone; set objective.signal.kind to top_k."
             )
-        if isinstance(wanted, TopKRequest) and wanted.temperature != 1.0 and self._tail == "tail":
-            raise TeacherError(
-                f"objective.temperature = {wanted.temperature:g}: servers of prompts do not tell the mass of the other "
-                "ids at a temperature; set it to 1, or objective.signal.tail to renormalise or drop."
-            )
+        if isinstance(wanted, TopKRequest):
+            check_temperature((wanted.temperature, wanted.temperature), tail=self._tail)
 
     def split(self, micro_batches: Sequence[Batch]) -> list[slice]:
         """One request for each micro-batch."""
@@ -206,33 +214,65 @@ class PromptServers:
         self._replicas.close()
 
 
-def probe_tokenizer(replicas: Replicas, *, model: str, text: str, encode: Callable[[str], list[int]]) -> None:
-    """Compare how vLLM's POST /tokenize splits `text` with `encode`, on each server. Errors: TeacherError."""
-    expected = encode(text)
-    asked = {"model": model, "prompt": text, "add_special_tokens": False}
+def check_temperature(extremes: tuple[float, float], *, tail: Literal["tail", "renormalise", "drop"]) -> None:
+    """Errors: TeacherError for a temperature other than 1 where the mass of the other ids is read: the sum over the
+    kept ids (`drop`) is of probabilities among all ids too, and the masses are known at temperature 1 alone."""
+    if tail == "renormalise" or extremes == (1.0, 1.0):
+        return
+    low, high = extremes
+    found = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    raise TeacherError(
+        f"objective.temperature = {found}: servers of prompts do not tell the mass of the other ids at a temperature, "
+        f"which objective.signal.tail = {tail} needs; set the temperature to 1, or the tail to renormalise."
+    )
+
+
+def probe_tokenizer(
+    replicas: Replicas,
+    *,
+    path: str,
+    text: str,
+    expected: Sequence[list[int]],
+    model: str | None = None,
+    required: bool = True,
+) -> None:
+    """Compare the tokens of `text` that each server tells at POST `path` with `expected`. Errors: TeacherError.
+
+    expected: without special tokens, and with them, because some releases of SGLang add them whatever is asked.
+    required: whether a server that does not tell is an error; else there is a warning.
+    """
+    asked = {"prompt": text, "add_special_tokens": False} | ({} if model is None else {"model": model})
 
     def read(body: bytes) -> list[int]:
         try:
             return [int(token) for token in json.loads(body)["tokens"]]
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise WireError("POST /tokenize is not answered as vLLM does") from error
+            raise WireError(f"POST {path} is not answered in the documented format") from error
 
     for server in replicas.servers:
         try:
             found = replicas.ask(
                 "POST",
-                "/tokenize",
+                path,
                 read=read,
                 max_bytes=_SLACK_BYTES,
                 content=json.dumps(asked).encode(),
                 server=server,
             )
         except (RefusedError, UnavailableError) as error:
-            raise TeacherError(f"teacher.servers: {error}") from error
-        if found != expected:
+            if required or error.status not in _TELLS_NOTHING:
+                raise TeacherError(f"teacher.servers: {error}") from error
+            logger.warning(
+                "teacher.servers: %s does not tell how it splits text (status %s): that its tokenizer is that of "
+                "teacher.model could not be checked; with another one the student learns nonsense",
+                server,
+                error.status,
+            )
+            continue
+        if found not in expected:
             raise TeacherError(
                 f"teacher.servers: {server} splits a probe text into other tokens than the tokenizer of teacher.model "
-                f"({found[:8]} ... instead of {expected[:8]} ...); name the model that it serves."
+                f"({found[:8]} ... instead of {expected[0][:8]} ...); name the model that it serves."
             )
 
 

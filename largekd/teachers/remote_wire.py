@@ -63,6 +63,11 @@ class WireRequest:
     seeds: tuple[int, ...] = ()
 
 
+def check_wanted(wanted: Wanted) -> None:
+    """Errors: WireError for what every server refuses, such as more than MAX_KEPT ids a position."""
+    _wanted(_describe(wanted))
+
+
 def encode_request(request: WireRequest) -> bytes:
     """The body of POST /v1/signals."""
     tensors: dict[str, Tensor] = {}

@@ -17,11 +17,14 @@ from largekd.runtime.ranks import Ranks, all_sum
 
 _FILE = "self_shared.safetensors"
 
+# The last step of a span must be its end, whatever the quotient of two floats says.
+_ROUNDING = 1e-9
+
 
 class SelfSharedTeacher:
     """Prunes the student and grows its adapters after each step; the teacher's adapters learn with the student's.
 
-    `total_steps` of the run are what the shares of the schedule refer to; a step that was skipped is not counted.
+    `total_steps` of the run are what the shares of the schedule refer to, those that were skipped among them.
     `repair` is called with the layers that are left whenever they may have changed.
     """
 
@@ -40,6 +43,7 @@ class SelfSharedTeacher:
         self._ranks = ranks
         self._repair = repair
         self._steps = 0
+        self._reached = False
         self._duplicated_frac = adapter_sizes(student.model).duplicated_frac
         self._note_sizes()
 
@@ -62,15 +66,24 @@ class SelfSharedTeacher:
     def after_step(self, figures: Mapping[str, Tensor]) -> None:
         """Learn saliences and, at an update, move masks and ranks, until the targets are reached. A collective call."""
         self._steps += 1
-        pruning, student = self._config.pruning, self.student
-        now = self._done(self._steps)
-        if self._done(self._steps - 1) >= 1.0:
+        if self._reached:
             return
+        pruning, student, now = self._config.pruning, self.student, self._done()
         # DeepSpeed averages gradients over ranks, so a rank's own are as many times too large.
         sums = all_sum(student.step_sums) / self._ranks.world_size
         student.learn(sums, decay=pruning.salience_decay)
-        if now < 1.0 and (now == 0.0 or self._steps % pruning.every_steps):
-            return
+        if now == 1.0 or (now > 0.0 and self._steps % pruning.every_steps == 0):
+            self._update(now)
+
+    def after_skipped_step(self) -> None:
+        """Count it. Its saliences are not finite: an update waits for a step that is applied, unless none will come."""
+        self._steps += 1
+        if self._steps >= self._total_steps and not self._reached:
+            self._update(1.0)
+
+    def _update(self, now: float) -> None:
+        """Move masks and ranks to where they are when the share `now` of the pruning's span is over."""
+        pruning, student = self._config.pruning, self.student
         student.prune(
             neurons=cubic_sparsity(pruning.neurons, done=now),
             head_groups=cubic_sparsity(pruning.head_groups, done=now),
@@ -78,14 +91,15 @@ class SelfSharedTeacher:
         )
         if self._config.adapters.largest_rank > self._config.adapters.rank:
             student.grow(by=self._config.adapters.growth)
+        self._reached = now == 1.0
         self._follow_masks()
 
-    def _done(self, step: int) -> float:
-        """The share of the pruning's span that is over after so many steps."""
+    def _done(self) -> float:
+        """The share of the pruning's span that is over."""
         pruning = self._config.pruning
         span = pruning.end_frac - pruning.begin_frac
-        share = (step - pruning.begin_frac * self._total_steps) / (span * self._total_steps)
-        return min(max(share, 0.0), 1.0)
+        share = (self._steps - pruning.begin_frac * self._total_steps) / (span * self._total_steps)
+        return 1.0 if share >= 1.0 - _ROUNDING else max(share, 0.0)
 
     def _follow_masks(self) -> None:
         self._repair(self.student.kept_layers)
@@ -104,14 +118,15 @@ class SelfSharedTeacher:
 
     @property
     def state(self) -> "SelfSharedTeacher":
-        """Masks, saliences, ranks and steps."""
+        """Masks, saliences, ranks, steps, and whether the targets are reached."""
         return self
 
     def save(self, folder: Path) -> None:
         """Write what is the same on all ranks, once."""
         if self._ranks.is_main:
             tensors = {name: value.cpu().contiguous() for name, value in self.student.state().items()}
-            save_file(tensors | {"steps": tensor(self._steps)}, folder / _FILE)
+            own = {"steps": tensor(self._steps), "reached": tensor(self._reached)}
+            save_file(tensors | own, folder / _FILE)
 
     def load(self, folder: Path) -> None:
         """Become what was saved. Errors: CheckpointError when it cannot be read."""
@@ -120,6 +135,7 @@ class SelfSharedTeacher:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder / _FILE}: cannot be read ({error})") from error
         self._steps = int(tensors.pop("steps"))
+        self._reached = bool(tensors.pop("reached"))
         self.student.restore(tensors)
         self._follow_masks()
 

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """A checked request's body, and where its answer goes."""
+    """A checked request's body, and where its answer goes; cancelled when nobody waits for it any more."""
 
     body: bytes
     answer: "Future[bytes]"
@@ -76,7 +76,8 @@ class ServedTeacher:
             stop, size = self._meet(stop=stopping(), size=0 if work is None else len(work.body))
             if size and not stop:
                 parts = self._answer(self._broadcast(None if work is None else work.body, size=size))
-                if work is not None:
+                # Nobody may be waiting any more; from here on nobody can leave.
+                if work is not None and work.answer.set_running_or_notify_cancel():
                     work.answer.set_result(encode_answer(parts, model=self._model))
             elif work is not None:
                 work.answer.cancel()
@@ -89,9 +90,12 @@ class ServedTeacher:
         if not self._ranks.is_main:
             return None
         try:
-            return works.get(timeout=TICK_S)
+            work = works.get(timeout=TICK_S)
+            while work.answer.cancelled():
+                work = works.get_nowait()
         except queue.Empty:
             return None
+        return work
 
     def _meet(self, *, stop: bool, size: int) -> tuple[bool, int]:
         """Whether any rank wants to stop, and the length of rank 0's request (0: none)."""

@@ -33,6 +33,7 @@ from largekd.teachers.served import Work, checked
 BODY_TIMEOUT_S = 60.0
 WAITING_REQUESTS = 256
 _START_TIMEOUT_S = 30.0
+_LOOK_EVERY_S = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -102,13 +103,17 @@ async def _signals(request: Request, *, served: Served) -> Response:
         return _error(422, str(error))
     answer: Future[bytes] = Future()
     served.works.put(Work(body=body, answer=answer))
+    waiting = asyncio.wrap_future(answer)
     try:
-        found = await asyncio.wrap_future(answer)
-    except asyncio.CancelledError:
-        if not answer.cancelled():
-            raise
+        while not (await asyncio.wait({waiting}, timeout=_LOOK_EVERY_S))[0]:
+            if await request.is_disconnected():
+                return _error(499, "the client has left")
+    finally:
+        # Whoever has given up asks again: the ranks need not compute both. What is answered stays so.
+        answer.cancel()
+    if waiting.cancelled():
         return _error(503, "the server is stopping", {"Retry-After": "5"})
-    return Response(found, media_type=CONTENT_TYPE)
+    return Response(waiting.result(), media_type=CONTENT_TYPE)
 
 
 async def _body(request: Request, *, limit: int) -> bytes:

@@ -41,6 +41,17 @@ def test_only_the_backbone_must_be_named():
         ({"teacher": {"deepspeed": "ds_configs/zero3.json"}}, r"teacher\.(self_shared\.)?deepspeed"),
         ({"objective": {"signal": {"kind": "top_k"}}}, r"objective\.signal\.kind = 'top_k'"),
         ({"objective": {"attention": [{"name": "maps", "loss": "kl"}]}}, r"objective\.attention"),
+        (
+            {"objective": {"features": [SHARED | {"name": "teacher_cross_entropy"}]}},
+            r"features\.0\.name = 'teacher_cross_entropy': the name is taken",
+        ),
+        (
+            {
+                "plugins": ["mine.py"],
+                "objective": {"divergences": [{"name": "plugin", "term": "teacher_cross_entropy"}]},
+            },
+            r"divergences\.0\.term = 'teacher_cross_entropy': the name is taken",
+        ),
         ({"objective": {"translation": {"method": "sorted"}}}, r"objective\.translation"),
         ({"objective": {"features": [CLOSEST]}}, r"objective\.features\.0\.projector\.kind = 'linear'"),
         ({"objective": {"features": [CLOSEST | SHARED | {"loss": "predictive"}]}}, r"features\.0\.loss = 'predictive'"),
@@ -56,3 +67,8 @@ def test_what_does_not_go_together_is_refused(changes, message):
 
 def test_closest_layers_of_a_self_shared_student_need_no_teacher_layers():
     parse_config(TREE | {"objective": {"features": [CLOSEST | SHARED]}})
+
+
+def test_another_teacher_leaves_the_name_of_the_self_shared_teachers_loss_free():
+    tree = {**TREE, "teacher": {"model": "teacher", "deepspeed": "ds_configs/zero3.json"}}
+    parse_config(tree | {"objective": {"features": [{"name": "teacher_cross_entropy"}]}})

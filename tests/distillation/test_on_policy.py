@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from rollout_jobs import distil_given_up
 from safetensors.torch import load_file
 from tiny_run import distil, distil_until, metrics, settings
 
@@ -18,6 +19,11 @@ EXACT = ("loss", "tokens", "optim/grad_norm", "rollout/length", "rollout/stalene
 
 def _settings(assets, folder, *, rollouts=ROLLOUTS, **changes):
     return settings(assets, folder, **{"objective": REVERSE, "rollouts": rollouts, "eval__before": False, **changes})
+
+
+def _mixture(weighting):
+    members = [{"name": name, "teacher": {"model": name, "deepspeed": "d.json"}} for name in ("a", "b")]
+    return {"kind": "mixture", "members": members, "weighting": {"kind": weighting}}
 
 
 def _weights(folder):
@@ -51,6 +57,17 @@ def test_a_run_logs_its_rollouts(straight):
 def test_a_stopped_run_goes_on_bit_for_bit(straight, tiny_assets, two_ranks, tmp_path, stop):
     tree = _settings(tiny_assets, tmp_path / "run", rollouts={**POLICY, "log_samples": 2})
     assert two_ranks.run(distil_until, tree=tree, step=stop, rank=1) == [None, None]
+    two_ranks.run(distil, tree=tree)
+    for mine, theirs in zip(metrics(tmp_path / "run"), metrics(straight), strict=True):
+        assert {name: mine.get(name) for name in EXACT} == {name: theirs.get(name) for name in EXACT}
+    weights, expected = _weights(tmp_path / "run"), _weights(straight)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_a_step_that_waited_in_vain_is_made_again_bit_for_bit(straight, tiny_assets, two_ranks, tmp_path):
+    # Step 3 uses rollouts of step 2 again: they must not count as used.
+    tree = _settings(tiny_assets, tmp_path / "run", rollouts={**POLICY, "log_samples": 2})
+    assert two_ranks.run(distil_given_up, tree=tree, step=3) == [None, None]
     two_ranks.run(distil, tree=tree)
     for mine, theirs in zip(metrics(tmp_path / "run"), metrics(straight), strict=True):
         assert {name: mine.get(name) for name in EXACT} == {name: theirs.get(name) for name in EXACT}
@@ -118,6 +135,8 @@ def test_own_samples_carry_no_cross_entropy_and_the_teachers_do(tiny_assets, one
     ("changes", "message"),
     [
         ({"teacher": {"kind": "cached", "path": "cache"}}, "cached teacher"),
+        ({"teacher": _mixture("learned")}, r"teacher\.weighting\.kind = 'learned'"),
+        ({"teacher": _mixture("routed")}, r"teacher\.weighting\.kind = 'routed'"),
         ({"rollouts": {**ROLLOUTS, "prompt_tokens": 60}}, r"rollouts\.max_new_tokens = 8"),
         ({"rollouts": {**POLICY, "samples_per_prompt": 1}}, r"rollouts\.samples_per_prompt"),
         ({"rollouts": {**POLICY, "source": "teacher"}}, r"rollouts\.source must be 'student'"),

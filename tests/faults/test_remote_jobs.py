@@ -123,6 +123,21 @@ def test_a_server_that_stays_away_ends_the_run_with_everything_saved(tiny_assets
     assert "teacher.wait_s = 2 s" in job.text() and "Traceback" not in job.text()
 
 
+@pytest.mark.slow
+def test_a_server_that_refuses_in_mid_run_ends_it_with_everything_saved(tiny_assets, job_server, tmp_path):
+    port, run_dir = free_port(), tmp_path / "run"
+    teacher = {"token_variable": "TEST_TEACHER_TOKEN"}
+    tree = remote(tiny_assets, run_dir, port=port, train__max_steps=STEPS, teacher=teacher, eval__max_rows=2)
+    with served(job_server, tiny_assets, tmp_path / "server-1", port=port, TEST_TEACHER_TOKEN=TOKEN) as server:
+        job = job_server.start(tree, folder=tmp_path / "job", TEST_TEACHER_TOKEN=TOKEN)
+        until(lambda: steps_done(run_dir) >= 2, timeout_s=60, what=job.text())
+        server.kill()
+    with served(job_server, tiny_assets, tmp_path / "server-2", port=port, TEST_TEACHER_TOKEN="other-" + TOKEN):
+        assert job.wait(timeout_s=60) == [2, 2], job.text()
+    assert complete_steps(run_dir) == [steps_done(run_dir)] and steps_done(run_dir) < STEPS
+    assert "401" in job.text() and "Traceback" not in job.text()
+
+
 def test_a_wrong_token_is_refused_before_the_first_step_and_no_token_is_written(tiny_assets, job_server, tmp_path):
     port, run_dir = free_port(), tmp_path / "run"
     tree = remote(tiny_assets, run_dir, port=port, teacher={"token_variable": "TEST_TEACHER_TOKEN"})

@@ -12,7 +12,7 @@ from largekd.data.collate import collate
 from largekd.data.samples import FEATURES
 from largekd.data.store import SampleStore
 from largekd.errors import CheckpointError, DataError
-from largekd.generation.batches import FIRST_ID, with_rollouts
+from largekd.generation.batches import FIRST_ID, with_rollouts, written_sample
 from largekd.generation.buffer import Rollout, RolloutBuffer, RolloutRow
 from largekd.generation.prompts import PromptSource
 
@@ -114,7 +114,9 @@ def test_rows_are_replaced_and_labels_are_the_answers(store, packing, source):
     assert made.labels_BS[1, :4].tolist() == [IGNORE_LABEL, 7, 8, 4 if packing else IGNORE_LABEL]
     assert made.token_weight_BS[1, :4].tolist() == [0, 1, 1, 1 if packing else 0]
     assert made.token_weight_BS[0, :8].tolist() == [0.5] * 8
-    assert [segment.sample_id for segment in made.segments[1]] == [FIRST_ID, FIRST_ID + 1][: len(kept)]
+    assert [segment.sample_id for segment in made.segments[1]] == [FIRST_ID, 2 * FIRST_ID + 3][: len(kept)]
+    assert [written_sample(segment.sample_id) for segment in made.segments[1]] == [0, 3][: len(kept)]
+    assert written_sample(made.segments[0][0].sample_id) is None
     counts = dict(zip(COUNT_NAMES, counts_of([made]).tolist(), strict=True))
     answers_tokens = 3.0 if packing else 2.0
     assert counts["label_tokens"] == counts["signal_tokens"] == 4.0 + answers_tokens

@@ -1,9 +1,16 @@
 """Answers of a sharded model: those of plain transformers, on any number of ranks, and nothing left behind."""
 
+import numpy as np
 import pytest
 import torch
 from rollout_jobs import plain_answers, prompts, write_answers
 from tiny import save_tiny_llama
+from transformers import AutoModelForCausalLM
+
+from largekd.errors import ConfigError
+from largekd.generation.sampling import DrawRule
+from largekd.generation.writer import Question, StopTokens, Writer
+from largekd.runtime.ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +43,6 @@ def test_draws_depend_on_their_seeds_alone(student, one_rank, two_ranks, gather)
 
 
 def test_log_probabilities_are_those_of_a_forward_pass(student, one_rank):
-    from transformers import AutoModelForCausalLM
-
     (found,) = one_rank.run(write_answers, student=str(student), gather="whole", count=4, temperature=0.7)
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     for prompt, ids, logq in zip(prompts(count=4), found["ids"], found["logq"], strict=True):
@@ -61,3 +66,26 @@ def test_uneven_ends_and_a_rank_without_work(student, one_rank, two_ranks, gathe
     # One answer: the second rank has none.
     results = two_ranks.run(write_answers, **options, count=1)
     assert [result["ids"] for result in results] == [[tuple(expected[0])], []]
+
+
+def _writer(model, *, gather):
+    return Writer(
+        model,
+        rule=DrawRule(ids=101, temperature=0.0),
+        stops=StopTokens(ends=(2,), fill=2),
+        max_new_tokens=7,
+        batch_size=3,
+        gather=gather,
+        device=torch.device("cpu"),
+        ranks=Ranks(),
+    )
+
+
+def test_a_model_that_cannot_be_copied_streams_or_is_refused_when_the_run_is_built(student):
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    model.model.register_parameter("extra", torch.nn.Parameter(torch.zeros(1)))
+    questions = [Question(np.array(ids, np.int32), seed=(0,)) for ids in prompts(count=3)]
+    answers = _writer(model, gather="auto").write(questions, calls=1, beat=lambda: None)
+    assert len(answers) == 3 and all(answer.ids for answer in answers)
+    with pytest.raises(ConfigError, match=r"rollouts\.gather=streamed"):
+        _writer(model, gather="whole")

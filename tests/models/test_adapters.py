@@ -80,6 +80,20 @@ def test_two_ranks_are_one(backbone, two_ranks, alone):
         torch.testing.assert_close(first["salience"][kind], salience, rtol=1e-4, atol=1e-7, msg=kind)
 
 
+def test_units_before_the_first_adapter_have_a_salience_too(backbone, one_rank, two_ranks):
+    teacher = {"adapters": {"pattern": r"layers\.2\.mlp\.down_proj$", "rank": 2}}
+    (late,) = one_rank.run(jobs.gradients, folder=backbone, teacher=teacher)
+    for kind in ("neurons", "head_groups"):
+        assert late["salience"][kind].min() > 0, kind
+    (again,) = one_rank.run(jobs.gradients, folder=backbone, teacher=teacher, checkpointing=True)
+    first, _ = two_ranks.run(jobs.gradients, folder=backbone, teacher=teacher)
+    for kind, salience in late["salience"].items():
+        torch.testing.assert_close(again["salience"][kind], salience, msg=kind)
+        torch.testing.assert_close(first["salience"][kind], salience, rtol=1e-4, atol=1e-7, msg=kind)
+    frozen = [name for name, gradient in late["gradients"].items() if gradient is None]
+    assert "model.layers.0.self_attn.q_proj.weight" in frozen and "model.embed_tokens.weight" in frozen
+
+
 def test_a_step_reports_the_gradient_of_each_term(alone):
     assert len(alone["squares"]) == len(alone["sums"]) == 4
     assert (alone["squares"] > 0).all()

@@ -5,9 +5,13 @@ import self_shared_jobs as jobs
 import torch
 from tiny import join_rows, make_rows
 
+from largekd.config.objective import ObjectiveConfig
+from largekd.distillation import self_shared
 from largekd.errors import ConfigError
 from largekd.models.adapters import check_family
 from largekd.models.pruning import check_targets, cubic_sparsity, keep_salient, kept_count
+from largekd.objectives.layer_maps import pair_layers
+from largekd.objectives.terms import build_objective
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 SIZES = {
@@ -116,6 +120,31 @@ def test_sparsity_follows_the_curve_and_pairs_follow_the_layers(two_ranks, llama
     assert all(torch.equal(second["state"][name], value) for name, value in first["state"].items())
 
 
+@pytest.mark.parametrize(
+    ("steps", "begin", "every", "skipped"),
+    [(7, 0.2, 5, ()), (6, 0.0, 2, (2, 3)), (6, 0.0, 2, (6,)), (6, 0.0, 2, (2, 4, 6))],
+    ids=["a quotient just below one", "skips on the way", "the last step", "all moments of an update"],
+)
+def test_the_targets_are_reached_at_the_last_step(one_rank, llama, steps, begin, every, skipped):
+    shares = {"neurons": 0.5, "head_groups": 0.5, "layers": 0.34}
+    pruning = shares | {"every_steps": every, "begin_frac": begin, "end_frac": 1.0}
+    teacher = {"adapters": {"pattern": jobs.PATTERN, "rank": 2, "max_rank": 3}, "pruning": pruning}
+    (found,) = one_rank.run(jobs.pruning_course, folder=llama, steps=steps, teacher=teacher, skipped=skipped)
+    last = found["course"][-1]
+    assert [last[f"prune/{kind}_frac"] for kind in shares] == pytest.approx([0.5, 0.5, 1 / 3])
+    assert all(value.isfinite().all() for name, value in found["state"].items() if name.startswith("salience"))
+    for step in skipped:
+        if 1 < step < steps:
+            assert found["course"][step - 1] == found["course"][step - 2], "nothing goes after a step that was skipped"
+
+
+def test_a_target_that_a_skipped_step_missed_is_reached_at_the_next(one_rank, llama):
+    pruning = {"neurons": 0.5, "every_steps": 10, "end_frac": 0.5}
+    teacher = {"adapters": {"pattern": jobs.PATTERN, "rank": 2}, "pruning": pruning}
+    (found,) = one_rank.run(jobs.pruning_course, folder=llama, steps=6, teacher=teacher, skipped=(3,))
+    assert [figures["prune/neurons_frac"] for figures in found["course"]] == [0, 0, 0, 0.5, 0.5, 0.5]
+
+
 def test_a_fresh_side_becomes_what_was_saved(two_ranks, llama, tmp_path):
     for before, after, figures in two_ranks.run(jobs.state_round_trip, folder=llama, into=str(tmp_path / "state")):
         assert before.keys() == after.keys() and {"ranks", "mask.neurons", "salience.ranks"} <= before.keys()
@@ -133,3 +162,16 @@ def test_other_families_and_impossible_heads_are_refused():
     check_targets(config, neurons=0.5, head_groups=0.5, layers=0.5)
     with pytest.raises(ConfigError, match=r"teacher\.pruning\.head_groups.*6 heads"):
         check_targets(config, neurons=0.0, head_groups=0.25, layers=0.0)
+
+
+def test_pairs_are_named_after_their_key_in_the_configuration(monkeypatch):
+    keys = []
+
+    def pairing(layers, *, key, **options):
+        keys.append(key)
+        return pair_layers(layers, key=key, **options)
+
+    monkeypatch.setattr(self_shared, "pair_layers", pairing)
+    objective = build_objective(ObjectiveConfig.model_validate(jobs.OBJECTIVE))
+    pairs = self_shared.closest_pairs(objective, kept=(0, 2), depth=3)
+    assert pairs == {"layers": ((0, 0), (2, 1), (2, 2))} and keys == ["objective.features.layers"]

@@ -88,6 +88,18 @@ def test_a_stopped_run_and_nonfinite_figures(tmp_path: Path):
     assert "tensorboard" not in text and "chat" not in text and "non-finite gradient" not in text
 
 
+def test_what_a_teacher_does_not_tell_is_not_known(tmp_path: Path):
+    """Ids drawn from a teacher: the student's own figures are there, and nothing that needs the teacher's."""
+    drawn = replace(
+        SUMMARY,
+        before=EvalFigures(perplexity=812.1, kl=math.nan),
+        after=EvalFigures(perplexity=31.4, kl=math.nan),
+        teacher=EvalFigures(perplexity=math.nan),
+    )
+    text = render_summary(drawn.as_mapping())
+    assert "not finite" not in text and text.count("not known") == 3 and "31.40" in text
+
+
 def test_hours(tmp_path: Path):
     assert "in 2 h 05 min (" in render_summary(replace(SUMMARY, wall_s=7512.0).as_mapping())
 

@@ -89,8 +89,10 @@ def test_returns_and_baselines_by_hand():
     assert returns_to_go(rewards, discount=1.0, length_normalise=True).tolist() == [7 / 3, 3.0, 4.0]
     samples = [rewards, np.array([10.0]), np.array([1.0, 1.0])]
     config = PolicyGradientConfig(baseline="leave_one_out")
-    found = advantages(samples, groups=[0, 0, 1], config=config)
-    assert [one.tolist() for one in found] == [[-3.0, 6.0, 4.0], [3.0], [2.0, 1.0]]
+    found = advantages([*samples, np.array([5.0])], groups=[0, 0, 1, 1], config=config)
+    assert [one.tolist() for one in found] == [[-3.0, 6.0, 4.0], [3.0], [-3.0, 1.0], [3.0]]
+    with pytest.raises(AssertionError, match="no other sample"):
+        advantages(samples, groups=[0, 0, 1], config=config)
     found = advantages(samples, groups=[0, 0, 1], config=PolicyGradientConfig(baseline="batch_mean"))
     assert found[1].tolist() == pytest.approx([10 - (7 + 6 + 4 + 10 + 2 + 1) / 6])
 

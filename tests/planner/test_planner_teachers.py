@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from largekd.config.load import parse_config
+from largekd.errors import ConfigError
 from largekd.planner.plan import Plan, plan
 from largekd.planner.report import plan_record, plan_text, render_plan
 
@@ -110,15 +111,52 @@ def test_a_teacher_elsewhere_costs_its_signals_alone(models: Path, teacher: str)
     whole = planned(models, teacher=given)
     assert whole.teachers[0][1].parameter_count > 70_000_000_000
     assert size(whole, name="vocabulary head, whole") == 128_256 * 8192 * 2
-    assert size(whole, name="signals of the whole step") == STEP_TOKENS * 8192 * 2
+    held, kept = ("signals of two steps", 2 * STEP_TOKENS) if teacher == "remote" else ("records", MICRO * ROW)
+    assert size(whole, name=held) == kept * 8192 * 2
     assert size(whole, name="hidden states", phase="student") == MICRO * ROW * 8192 * 2
     assert not any("weights" in name for name in names(whole))
     few = planned(models, teacher=given, signal={"kind": "top_k", "k": 64})
-    assert names(few) == {"signals of the whole step", "signal of a few ids"}
-    assert size(few, name="signals of the whole step") == STEP_TOKENS * 64 * 12
+    head = {"vocabulary head, whole"} if teacher == "remote" else set()
+    assert names(few) == {"signal of a few ids", *head, *(name for name in names(whole) if held in name)}
+    assert size(few, name=held) == kept * 64 * 12
     assert size(few, name="signal of a few ids") == MICRO * ROW * 64 * 12
     online = planned(models, teacher=ONLINE)
     assert few.peaks["accelerator"] < whole.peaks["accelerator"] < online.peaks["accelerator"]
+
+
+@pytest.mark.parametrize("protocol", ["largekd", "vllm"])
+def test_servers_of_this_project_give_their_head_whatever_is_asked(models: Path, protocol: str) -> None:
+    remote = REMOTE | {"protocol": protocol} | ({"served_model": "m"} if protocol == "vllm" else {})
+    made = planned(models, teacher=remote, signal={"kind": "top_k", "k": 20})
+    assert names(made) - {"signals of two steps", "signal of a few ids"} == (
+        {"vocabulary head, whole"} if protocol == "largekd" else set()
+    )
+
+
+@pytest.mark.parametrize(("precision", "size_bytes"), [("bf16", 2), ("fp32", 4)])
+def test_what_is_stored_decides_what_a_cache_takes(models: Path, precision: str, size_bytes: int) -> None:
+    def stored(codec: dict[str, Any]) -> None:
+        identity = {"codec": codec, "teacher": {"precision": precision, "model": "m"}}
+        (models / "cache/manifest.json").write_text(json.dumps({"identity": identity}), encoding="utf-8")
+
+    cached, few = {"kind": "cached", "path": str(models / "cache")}, {"kind": "top_k", "k": 16}
+    stored({"kind": "hidden"})
+    made = planned(models, teacher=cached, signal=few)
+    assert size(made, name="vocabulary head, whole") == 128_256 * 8192 * size_bytes
+    assert size(made, name="records of a micro-batch") == MICRO * ROW * 8192 * size_bytes
+    assert size(made, name="logits that they are read off") == 4 * 256 * 128_256 * 4
+    stored({"kind": "top_k", "k": 64})
+    made = planned(models, teacher=cached, signal=few)
+    assert names(made) == {"records of a micro-batch", "signal of a few ids"}
+    assert size(made, name="records of a micro-batch") == MICRO * ROW * 64 * 12
+    assert size(made, name="signal of a few ids") == MICRO * ROW * 16 * 12
+
+
+def test_positions_are_those_of_the_key_that_names_the_model(models: Path) -> None:
+    tree = tree_of(models, teacher={"kind": "cached", "path": str(models / "cache")})
+    tree["train"]["sequence_length"] = 9000
+    with pytest.raises(ConfigError, match=r"the model of teacher\.path has 8192 positions"):
+        plan(parse_config(tree), world_size=RANKS)
 
 
 def test_a_cache_that_is_not_here_gives_the_reason(models: Path) -> None:

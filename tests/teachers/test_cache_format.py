@@ -10,6 +10,7 @@ import torch
 from largekd.config.cache import TopKCodecConfig
 from largekd.contracts import Segment
 from largekd.errors import ConfigError, TeacherError
+from largekd.runtime.ranks import Ranks
 from largekd.teachers.cache_format import (
     FORMAT,
     MANIFEST_FILE,
@@ -18,6 +19,7 @@ from largekd.teachers.cache_format import (
     Identity,
     Manifest,
     TeacherIdentity,
+    check_shards,
     read_manifest,
     shard_path,
     verified_shard,
@@ -115,6 +117,30 @@ def test_a_missing_or_cut_shard_is_refused(tmp_path):
     path.unlink()
     with pytest.raises(TeacherError, match=r"shard_00000"):
         CacheReader(tmp_path, manifest=manifest).rows([Segment(0, 0, 3)], origin="train")
+
+
+def test_all_shards_are_looked_at_before_a_run(tmp_path):
+    manifest = make_cache(tmp_path)
+    (a, b), ranks = (2 * 2, 2 * 2), Ranks()
+
+    def check(ranks=ranks, origins=("train",)):
+        check_shards(tmp_path, manifest=manifest, origins=origins, token_bytes=a + b, ranks=ranks)
+
+    check()
+    path = shard_path(tmp_path, origin="train", number=1)
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole + b"\0", whole[:5], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(TeacherError, match=rf"shard_00001.* it has {len(damaged)} bytes"):
+            check()
+    path.unlink()
+    with pytest.raises(TeacherError, match=r"shard_00001.*cannot be read"):
+        check()
+    check(origins=())
+    one, other = (Ranks(rank=rank, world_size=2, local_rank=rank, local_world_size=2) for rank in range(2))
+    check(one)
+    with pytest.raises(TeacherError, match="shard_00001"):
+        check(other)
 
 
 def test_a_manifest_is_not_edited(tmp_path):

@@ -23,7 +23,6 @@ from largekd.contracts import (
     Taps,
     TapSignal,
     TopKRequest,
-    TopKSignal,
     VocabularyHead,
 )
 from largekd.errors import CheckpointError, TeacherError
@@ -43,7 +42,6 @@ class StoredTeacher:
         self.hidden_BSE, self.head = hidden_BSE, head
         self.requests: list[SignalRequest] = []
         self.closed = False
-        self.sparse = False
         self.state = None
         self.metrics: Mapping[str, float] = {}
 
@@ -59,9 +57,6 @@ class StoredTeacher:
         taps = Taps(hidden={layer: self.hidden_BSE for layer in request.taps.hidden})
         if request.distribution is None:
             return TapSignal(taps) if request.taps else None
-        if self.sparse:
-            nothing = torch.zeros(TOKENS, 1)
-            return TopKSignal(nothing.long(), nothing, nothing[:, 0], nothing[:, 0])
         return HiddenSignal(self.hidden_BSE, self.head, taps=taps)
 
     def after_step(self, figures: Mapping[str, Tensor]) -> None:
@@ -220,14 +215,6 @@ def test_requests_that_cannot_be_served_are_refused() -> None:
     teacher = mixture(members, FixedWeightsConfig())
     with pytest.raises(TeacherError, match=r"objective\.signal\.kind: .*whole distributions"):
         teacher.check(SignalRequest(TopKRequest(k=4)))
-    with pytest.raises(TeacherError, match=r"none of teacher\.members has layers"):
-        teacher.check(SignalRequest("full", TapRequest(hidden=(0,))))
-    members[1].sparse = True
-    with (
-        teacher.signals([make_batch()], request=SignalRequest("full")) as signals,
-        pytest.raises(TeacherError, match="'right' gives less than its whole distribution"),
-    ):
-        next(signals)
 
 
 def test_learned_weights_survive_in_a_folder_and_those_of_others_are_refused(tmp_path) -> None:

@@ -1,22 +1,25 @@
 """The client against servers that are slow, broken, wrong or hostile: bounded attempts, clear words, right signals."""
 
+import hashlib
 import random
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save
 from teachers.remote_fakes import Reply, as_json, fake_server
+from teachers.remote_jobs import refused_signals
 from teachers.test_remote_wire import damaged, parts_of
 from tiny import VOCAB, make_rows
 
-from largekd.contracts import SignalRequest, TapRequest, TopKRequest, VocabularyHead
+from largekd.contracts import SampledRequest, SignalRequest, TapRequest, TopKRequest, VocabularyHead
 from largekd.errors import TeacherError
 from largekd.teachers import remote_http
 from largekd.teachers.protocol import StoppedWaitingError, TeacherGoneError
 from largekd.teachers.remote import Patience, RemoteTeacher
 from largekd.teachers.remote_http import RefusedError, Replicas, UnavailableError
-from largekd.teachers.remote_own import Expected, HeadInfo, OwnServers, ServerInfo, fetch_head, read_info
+from largekd.teachers.remote_own import Expected, HeadInfo, OwnServers, ServerInfo, fetch_head, read_head, read_info
 from largekd.teachers.remote_wire import Limits, decode_request, encode_answer
 
 WIDTH = 6
@@ -33,7 +36,7 @@ INFO = ServerInfo(
     sequence_length=LIMITS.sequence_length,
     head=HeadInfo(vocab_size=VOCAB, scale=1.0, softcap=None, bytes=10, sha256="0" * 64),
 )
-EXPECTED = Expected(tokenizer="fingerprint", vocab_size=VOCAB, shared_ids=VOCAB, sequence_length=24)
+EXPECTED = Expected(tokenizer="fingerprint", vocab_size=VOCAB, shared_ids=VOCAB, sequence_length=24, rows=4)
 
 
 def replicas(*servers, retries=3, timeout_s=5.0, token=None) -> Replicas:
@@ -128,15 +131,30 @@ def test_an_answer_that_never_ends_is_cut(batches):
         given_up(lambda path, body, reply=reply: reply, batches=batches, said="longer than")
 
 
-def test_an_answer_that_drips_is_given_up(batches):
+def drip(status: str, *, done: list[int]) -> Reply:
+    """A body that goes on for five seconds, unless the client leaves; `done` takes what was sent of 100 bytes."""
+
     def dripping(stream) -> None:
-        stream.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
-        for _ in range(100):
+        stream.write(f"HTTP/1.1 {status}\r\nContent-Length: 1000\r\n\r\n".encode())
+        for place in range(100):
             stream.write(b"x")
             stream.flush()
+            done.append(place)
             time.sleep(0.05)
 
-    given_up(lambda path, body: Reply(write=dripping), batches=batches, said="not whole after", timeout_s=0.3)
+    return Reply(write=dripping)
+
+
+def test_an_answer_that_drips_is_given_up(batches):
+    given_up(lambda path, body: drip("200 OK", done=[]), batches=batches, said="not whole after", timeout_s=0.3)
+
+
+def test_a_refusal_that_drips_is_not_heard_out(batches):
+    sent: list[int] = []
+    with fake_server(lambda path, body: drip("404 Not Found", done=sent)) as server:
+        with pytest.raises(RefusedError, match=r"status 404 \(x+\)"):
+            source(server.address, timeout_s=0.3).ask(batches, request=REQUEST, place=0)
+        assert len(sent) < 100
 
 
 def test_an_answer_that_does_not_come_is_given_up(batches):
@@ -158,11 +176,29 @@ def test_a_refusal_is_not_repeated_and_hides_the_token(batches, status):
     said = as_json({"error": f"Authorization: Bearer {token}"}, status=status)
     with fake_server(lambda path, body: said) as server:
         teacher = RemoteTeacher(source(server.address, token=token), patience=Patience(wait_s=9.0))
-        with pytest.raises(TeacherError, match=str(status)) as caught:
+        with pytest.raises(TeacherGoneError, match=str(status)) as caught:
             ids_of(teacher, batches)
         assert all(headers["Authorization"] == f"Bearer {token}" for _, _, headers in server.asked)
         assert len(server.asked) == 2, "one for each request of the step"
     assert token not in str(caught.value)
+
+
+def test_a_token_that_a_server_repeats_is_hidden(batches):
+    token = "pw1"
+    for status, error in ((503, UnavailableError), (404, RefusedError)):
+        said = Reply(status=status, body=b"y" * 298 + f"{token} and again {token}".encode())
+        with fake_server(lambda path, body, said=said: said) as server, pytest.raises(error) as caught:
+            source(server.address, token=token, retries=0).ask(batches, request=REQUEST, place=0)
+        # Neither whole nor cut where the text is.
+        assert "pw" not in str(caught.value) and "y**" in str(caught.value)
+
+
+def test_a_refusal_of_one_rank_ends_the_wait_of_all(two_ranks):
+    refusal = as_json({"error": "no such model"}, status=404)
+    with fake_server(right) as well, fake_server(lambda path, body: refusal) as refusing:
+        found = two_ranks.run(refused_signals, servers=[well.address, refusing.address])
+    assert [name for name, _ in found] == ["TeacherRefusesError"] * 2
+    assert found[0][1] == found[1][1] and "no such model" in found[0][1]
 
 
 def test_another_teacher_behind_the_same_address_is_refused(batches):
@@ -229,6 +265,7 @@ def test_captured_layers_are_refused_before_the_run():
         ({"tokenizer": "other"}, "tokenizer other"),
         ({"vocab_size": 7}, "vocabulary size 7"),
         ({"sequence_length": 8}, "rows of up to 8"),
+        ({"positions": 95}, "eval.micro_batch_size = 4: .* 96 positions, .* up to 95"),
         ({"protocol": 2}, "protocol 2"),
     ],
 )
@@ -259,4 +296,61 @@ def test_a_head_that_arrives_damaged_is_not_kept(tmp_path):
     for body in (b"0123456789", b"0123", b"0123456789abc"):
         with fake_server(lambda path, _, body=body: Reply(body=body)) as server, pytest.raises(TeacherError):
             fetch_head(replicas(server.address), info=INFO, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_no_server_sends_is_refused_before_the_run():
+    own = source("http://127.0.0.1:9")
+    for fits in (TopKRequest(4096), SampledRequest(4096)):
+        own.check(SignalRequest(fits))
+    for wanted, said in ((TopKRequest(4097), "k must be"), (SampledRequest(4097), "draws must be")):
+        with pytest.raises(TeacherError, match=f"objective.signal: .*{said} .* 4096"):
+            own.check(SignalRequest(wanted))
+
+
+def described(weight: torch.Tensor) -> tuple[bytes, ServerInfo]:
+    """A head's file, and what its server tells of it."""
+    body = save({"weight": weight})
+    head = INFO.head.model_copy(update={"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()})
+    return body, INFO.model_copy(update={"head": head})
+
+
+def test_a_head_is_downloaded_once_and_again_when_its_file_is_damaged(tmp_path):
+    weight = torch.randn(VOCAB, WIDTH)
+    body, info = described(weight)
+    with fake_server(lambda path, _: Reply(body=body)) as server:
+
+        def fetched() -> torch.Tensor:
+            path = fetch_head(replicas(server.address), info=info, folder=tmp_path)
+            return read_head(path, info=info, device=torch.device("cpu")).weight_VD
+
+        assert torch.equal(fetched(), weight) and torch.equal(fetched(), weight)
+        assert server.paths == ["/v1/head"]
+        (path,) = tmp_path.iterdir()
+        for damage in (body[:-1] + bytes([body[-1] ^ 1]), body[:50], b""):
+            path.write_bytes(damage)
+            assert torch.equal(fetched(), weight)
+        assert len(server.paths) == 4 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_head_that_cannot_be_kept_or_read_is_told(tmp_path):
+    body, info = described(torch.randn(VOCAB, WIDTH))
+    with (
+        fake_server(lambda path, _: Reply(body=body)) as server,
+        pytest.raises(TeacherError, match="could not be kept"),
+    ):
+        fetch_head(replicas(server.address), info=info, folder=tmp_path / "missing")
+    (tmp_path / "head").write_bytes(body[:50])
+    for name in ("head", "gone"):
+        with pytest.raises(TeacherError, match=f"{name}: .* cannot be read"):
+            read_head(tmp_path / name, info=info, device=torch.device("cpu"))
+
+
+def test_a_download_that_stalls_is_given_up(tmp_path):
+    sent: list[int] = []
+    info = INFO.model_copy(update={"head": INFO.head.model_copy(update={"bytes": 1000})})
+    with fake_server(lambda path, _: drip("200 OK", done=sent)) as server:
+        with pytest.raises(TeacherError, match="v1/head stalled"):
+            fetch_head(replicas(server.address, timeout_s=0.3), info=info, folder=tmp_path)
+        assert len(sent) < 100
     assert list(tmp_path.iterdir()) == []

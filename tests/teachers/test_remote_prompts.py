@@ -1,6 +1,7 @@
 """vLLM's and SGLang's formats, answered by small servers with a known distribution."""
 
 import json
+import logging
 import math
 
 import pytest
@@ -8,8 +9,11 @@ import torch
 from teachers.remote_fakes import Reply, as_json, fake_server
 from tiny import VOCAB, join_rows, make_rows
 
+from largekd.config.load import parse_config
 from largekd.contracts import SampledRequest, SignalRequest, TopKRequest
+from largekd.distillation.remote import _prompt_servers
 from largekd.errors import TeacherError
+from largekd.runtime.ranks import Ranks
 from largekd.teachers.remote import Patience, RemoteTeacher
 from largekd.teachers.remote_http import Replicas, UnavailableError
 from largekd.teachers.remote_prompts import VLLM, PromptServers, SGLang, probe_tokenizer
@@ -132,20 +136,63 @@ def test_what_such_servers_cannot_give_is_refused_before_the_run():
     teacher_at("http://127.0.0.1:9", kind="vllm", tail="renormalise").check(warm)
     teacher = teacher_at("http://127.0.0.1:9", kind="vllm")
     teacher.check(SignalRequest("full"))
-    with pytest.raises(TeacherError, match=r"objective\.temperature = 2"):
-        teacher.check(warm)
+    for tail in ("tail", "drop"):
+        with pytest.raises(TeacherError, match=rf"objective\.temperature = 2.*tail = {tail} needs"):
+            teacher_at("http://127.0.0.1:9", kind="vllm", tail=tail).check(warm)
     with pytest.raises(TeacherError, match=r"objective\.signal\.kind"):
         teacher.check(SignalRequest(SampledRequest(3)))
 
 
-def test_the_probe_finds_another_tokenizer():
-    def tokenize(path: str, body: bytes) -> Reply:
-        asked = json.loads(body)
-        assert path == "/tokenize" and asked["model"] == "teacher" and asked["add_special_tokens"] is False
-        return as_json({"tokens": [ord(letter) for letter in asked["prompt"]], "count": 3, "max_model_len": 9})
+@pytest.mark.parametrize("tail", ["tail", "drop"])
+def test_a_temperature_that_changes_later_is_refused_too(tail):
+    """The first step's request is at temperature 1."""
+    curve = {"shape": "linear", "start": 1.0, "end": 4.0}
+    config = parse_config(
+        {
+            "run": {"dir": "runs/x"},
+            "teacher": {"kind": "remote", "model": "t", "servers": ["http://127.0.0.1:9"], "protocol": "sglang"},
+            "student": {"model": "s", "deepspeed": "b.json"},
+            "data": {"train": "train.jsonl"},
+            "train": {"max_steps": 10, "global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 16},
+            "objective": {"temperature": curve, "signal": {"kind": "top_k", "k": K, "tail": tail}},
+        }
+    )
+    replicas = Replicas(servers=("http://127.0.0.1:9",), token=None, timeout_s=5.0, retries=0)
+    with pytest.raises(TeacherError, match=r"objective\.temperature = 1 to 4"):
+        _prompt_servers(replicas, teacher=config.teacher, sources=None, config=config, ranks=Ranks())
 
-    with fake_server(tokenize) as server:
+
+def probe(answer, *, path: str, expected: list[list[int]], **options) -> list[bytes]:
+    """What a server with this answer was asked."""
+    with fake_server(answer) as server:
         replicas = Replicas(servers=(server.address,), token=None, timeout_s=5.0, retries=0)
-        probe_tokenizer(replicas, model="teacher", text="abc", encode=lambda text: [97, 98, 99])
-        with pytest.raises(TeacherError, match="other tokens"):
-            probe_tokenizer(replicas, model="teacher", text="abc", encode=lambda text: [1, 2])
+        probe_tokenizer(replicas, path=path, text="abc", expected=expected, **options)
+        assert server.paths == [path]
+        return [body for _, body, _ in server.asked]
+
+
+def letters(path: str, body: bytes) -> Reply:
+    return as_json({"tokens": [ord(letter) for letter in json.loads(body)["prompt"]], "count": 3, "max_model_len": 9})
+
+
+@pytest.mark.parametrize(("dialect", "model"), [(VLLM(model="teacher"), "teacher"), (SGLang(), None)])
+def test_the_probe_finds_another_tokenizer(dialect, model):
+    options = {"path": dialect.tokenize_path, "model": model, "required": model is not None}
+    for expected in ([[97, 98, 99]], [[1, 2], [97, 98, 99]]):
+        (asked,) = map(json.loads, probe(letters, expected=expected, **options))
+        assert asked["add_special_tokens"] is False and asked.get("model") == model
+    with pytest.raises(TeacherError, match="other tokens"):
+        probe(letters, expected=[[1, 2], [0, 1, 2]], **options)
+
+
+def test_a_server_that_does_not_tell_its_tokenizer_is_warned_of_where_that_is_usual(caplog):
+    def missing(path: str, body: bytes) -> Reply:
+        return Reply(status=404)
+
+    with caplog.at_level(logging.WARNING):
+        probe(missing, path="/v1/tokenize", expected=[[1]], required=False)
+    assert "could not be checked" in caplog.text and "404" in caplog.text
+    with pytest.raises(TeacherError, match="404"):
+        probe(missing, path="/tokenize", expected=[[1]])
+    with pytest.raises(TeacherError, match="401"):
+        probe(lambda path, body: Reply(status=401), path="/v1/tokenize", expected=[[1]], required=False)

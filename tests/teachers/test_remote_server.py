@@ -6,18 +6,23 @@ import random
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 
 import httpx2
 import pytest
+import torch
 from teachers.test_remote_client import INFO, LIMITS
 from teachers.test_remote_wire import damaged, parts_of, raw, request, tensors_of
 from tiny import VOCAB
 
 from largekd.distillation.serve import check_address
 from largekd.errors import ConfigError
+from largekd.runtime.ranks import Ranks
+from largekd.teachers import served
 from largekd.teachers.remote_wire import CONTENT_TYPE, decode_answer, decode_request, encode_answer, encode_request
+from largekd.teachers.served import ServedTeacher, Work
 from largekd.teachers.server import HttpServer, Served, application
 
 TOKEN = "a-token"
@@ -116,6 +121,54 @@ def test_a_body_that_does_not_come_is_not_waited_for(tmp_path):
     assert reached == []
 
 
+def test_the_request_of_a_client_that_left_is_cancelled(tmp_path):
+    works: queue.Queue[Work] = queue.Queue()
+    served = Served(INFO.model_dump(), tmp_path / "head", LIMITS, works, None)
+    well = encode_request(replace(request(), batches=request().batches[1:]))
+    with HttpServer(application(served), host="127.0.0.1", port=0) as server:
+        address = f"http://127.0.0.1:{server.port}"
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{address}/v1/signals", content=well, timeout=1.0, trust_env=False)
+        left = works.get_nowait().answer
+        ended = threading.Event()
+        left.add_done_callback(lambda _: ended.set())
+        assert ended.wait(timeout=20) and left.cancelled()
+        assert httpx2.get(f"{address}/health", trust_env=False).status_code == 200
+
+
+def test_ranks_skip_what_nobody_waits_for_and_survive_who_leaves_meanwhile(monkeypatch):
+    monkeypatch.setattr(served, "TICK_S", 0.01)
+    works: queue.Queue[Work] = queue.Queue()
+    answers = {name: Future() for name in (b"left before", b"left meanwhile", b"stays")}
+    computed = []
+
+    class Ranked(ServedTeacher):
+        def _answer(self, body: bytes) -> dict[str, torch.Tensor]:
+            computed.append(body)
+            answers[b"left meanwhile"].cancel()
+            return {"0.x": torch.zeros(1)}
+
+    for name, answer in answers.items():
+        works.put(Work(body=name, answer=answer))
+    answers[b"left before"].cancel()
+    teacher = Ranked(engine=None, decoder=None, limits=LIMITS, model="m", ranks=Ranks(), device=torch.device("cpu"))
+    teacher.serve(works, stopping=lambda: len(computed) == 2)
+    assert computed == [b"left meanwhile", b"stays"]
+    assert answers[b"stays"].result(timeout=0) and answers[b"left meanwhile"].cancelled()
+
+
+def test_what_is_left_when_the_ranks_stop_is_cancelled():
+    works: queue.Queue[Work] = queue.Queue()
+    answers = [Future(), Future()]
+    for answer in answers:
+        works.put(Work(body=b"x", answer=answer))
+    teacher = ServedTeacher(
+        engine=None, decoder=None, limits=LIMITS, model="m", ranks=Ranks(), device=torch.device("cpu")
+    )
+    teacher.serve(works, stopping=lambda: True)
+    assert all(answer.cancelled() for answer in answers)
+
+
 def test_a_port_that_is_taken_is_told(tmp_path):
     with serving(tmp_path) as (_, _, port), pytest.raises(ConfigError, match=f"127.0.0.1:{port}"):
         HttpServer(
@@ -132,3 +185,13 @@ def test_a_public_address_needs_a_token(monkeypatch):
     for host, variable in (("0.0.0.0", None), ("node-a", None), ("127.0.0.1", "TEST_EMPTY"), ("::", None)):
         with pytest.raises(ConfigError, match="token"):
             check_address(host, token_variable=variable)
+
+
+@pytest.mark.parametrize(
+    "token", ["two words", "ends-in-a-break\n", "ends-in-a-space ", "\tbefore-it", "tökén", "\x7f"]
+)
+def test_a_token_that_no_header_can_hold_is_refused_and_not_told(monkeypatch, token):
+    monkeypatch.setenv("TEST_TOKEN", token)
+    with pytest.raises(ConfigError, match="TEST_TOKEN") as caught:
+        check_address("127.0.0.1", token_variable="TEST_TOKEN")
+    assert token.strip() not in str(caught.value)

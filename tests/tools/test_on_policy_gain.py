@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny_run import settings
 
-from largekd.config.load import parse_config
+from largekd.config.checks import check_world
+from largekd.config.load import load_config, parse_config
 
 
 @pytest.fixture
@@ -56,3 +57,24 @@ def test_a_run_that_does_not_finish_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(on_policy_gain, "RUNS", tmp_path)
     monkeypatch.setattr(on_policy_gain, "launch", lambda recipe, ranks, log: 1)
     assert on_policy_gain.main(["--student", "some/model", "--seeds", "0"]) == 1
+
+
+def test_ranks_share_the_rows_of_a_step_and_one_rank_takes_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(on_policy_gain, "RUNS", tmp_path)
+    micro_batches = {}
+
+    def launch(recipe, ranks, log):
+        config = load_config(recipe)
+        assert check_world(config, world_size=ranks) == 1
+        micro_batches[ranks] = config.train.micro_batch_size
+        return 1
+
+    monkeypatch.setattr(on_policy_gain, "launch", launch)
+    for ranks in (1, 2, 4):
+        command = ["--student", "some/model", "--seeds", "0", "--ranks", str(ranks), "--name", str(ranks)]
+        assert on_policy_gain.main(command) == 1
+    assert micro_batches == {1: 8, 2: 4, 4: 2}
+    for wrong, message in ((3, "train.global_batch_size = 8"), (0, "--ranks 0")):
+        assert on_policy_gain.main(["--student", "some/model", "--ranks", str(wrong)]) == 2
+        assert message in capsys.readouterr().err
+    assert set(micro_batches) == {1, 2, 4}
