@@ -35,7 +35,9 @@ class RemoteTeacherConfig(Frozen):
     """A teacher behind HTTP: launch/serve_teacher.py, or a server that returns log-probabilities of prompts."""
 
     kind: Literal["remote"] = Field(description="Where the signal comes from.")
-    model: str = Field(description="Folder or hub name with the teacher's config.json and tokenizer; no weights.")
+    model: str = Field(
+        description="Folder or hub name with its config.json and tokenizer; weights only for student.teacher_layers."
+    )
     revision: str | None = Field(None, description="Commit or tag of a hub model.")
     trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
     servers: tuple[str, ...] = Field(min_length=1, description="Base addresses of its replicas.")
