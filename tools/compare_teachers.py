@@ -117,7 +117,9 @@ def _row_exists(kind: str, *, ranks: int) -> bool:
 def _store(kind: str, *, base: str, folder: Path, ranks: int) -> Path:
     """Make the cache that the kind reads; its folder. Errors: ConfigError when the job failed."""
     target = folder.with_name(f"{folder.name}_cache")
-    settings = (*SETTINGS, f"cache.path={json.dumps(str(target))}", f"cache.codec={_CODECS[kind]}")
+    # Small files, so that the ranks share the few samples out.
+    own = (f"cache.path={json.dumps(str(target))}", f"cache.codec={_CODECS[kind]}", "cache.shard_samples=32")
+    settings = (*SETTINGS, *own)
     run = Run(
         variant=kind, seed=0, folder=folder.with_name(f"{folder.name}_job"), base=base, overrides=settings, ranks=1
     )

@@ -89,10 +89,7 @@ def run_steps(
                 term_gradients=config.log.term_gradients and is_health_step,
             )
         except (StoppedWaitingError, TeacherGoneError) as error:
-            # The step has not begun on any rank: it is the first one of the run that goes on.
-            parts.loader.take_back()
-            if parts.rollouts is not None:
-                parts.rollouts.take_back()
+            _take_back(parts)
             if before.step:
                 save()
             if isinstance(error, TeacherGoneError):
@@ -173,6 +170,13 @@ def _read_ahead(session: Session, *, micro_batches: Sequence[Batch], setting: St
     if following is not None:
         later = _setting(session, step=progress.step + 1, max_steps=progress.max_steps)
         teacher.prepare(following, request=later.request)
+
+
+def _take_back(parts: Parts) -> None:
+    """Undo the asking for a step that has not begun on any rank: it is the first one of the run that goes on."""
+    parts.loader.take_back()
+    if parts.rollouts is not None:
+        parts.rollouts.take_back()
 
 
 def _advance(progress: Progress, *, applied: bool, tokens: int, seconds: float) -> Progress:

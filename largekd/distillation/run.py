@@ -1,5 +1,6 @@
 """One run from its configuration to its exported student: the whole pipeline, in order."""
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -134,14 +135,7 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         if not _assess(session, journal=journal, name="before"):
             _stopped(session, journal=journal)
             return None
-        steps: Iterator[Sequence[Batch]] = iter(parts.loader)
-        if parts.rollouts is not None:
-
-            def writing() -> None:
-                watchdog.beat("rollout", allowed_s=_SLOW * timeout_s)
-
-            steps = parts.rollouts.steps(steps, first=journal.progress.step, beat=writing)
-        if not run_steps(session, steps=steps, journal=journal, save=save):
+        if not run_steps(session, steps=_steps(session, journal=journal), journal=journal, save=save):
             _stopped(session, journal=journal)
             return None
         save()
@@ -153,6 +147,16 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         summary = write_summary(folder, journal=journal, export_dir=export_dir, config=config, ranks=ranks)
         mark_done(folder, step=journal.progress.step, config=config, ranks=ranks)
         return summary
+
+
+def _steps(session: Session, *, journal: Journal) -> Iterator[Sequence[Batch]]:
+    """The loader's steps from here on, with rows replaced by rollouts where the run writes some."""
+    parts, allowed_s = session.parts, _SLOW * session.parts.config.train.collective_timeout_s
+    steps = iter(parts.loader)
+    if parts.rollouts is None:
+        return steps
+    beat = functools.partial(session.watchdog.beat, "rollout", allowed_s=allowed_s)
+    return parts.rollouts.steps(steps, first=journal.progress.step, beat=beat)
 
 
 def _check_world(checkpoint: Path, *, ranks: Ranks) -> None:
