@@ -61,7 +61,7 @@ def test_a_stopped_peer_is_found_and_named(tmp_path: Path) -> None:
 
 def test_a_healthy_run_leaves_no_trace(tmp_path: Path) -> None:
     outcomes = run_forked(
-        _loop, tmp_path=tmp_path, world_size=2, folder=str(tmp_path / "run"), silence_s=1.0, steps=40, pause_s=0.05
+        _loop, tmp_path=tmp_path, world_size=2, folder=str(tmp_path / "run"), silence_s=5.0, steps=40, pause_s=0.05
     )
     assert [(outcome.status, outcome.value) for outcome in outcomes] == [(0, "finished")] * 2, outcomes
     assert list((tmp_path / "run/stacks").iterdir()) == []
