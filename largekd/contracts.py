@@ -239,6 +239,11 @@ class SampledRequest:
     temperature: float = 1.0
     seed: int = 0
 
+    def of_micro_batch(self, place: int, *, rank: int) -> "SampledRequest":
+        """The same with a seed for the step's micro-batch `place` on `rank`: each of them draws for itself."""
+        seed = (self.seed * 1_000_003 + rank) * 1_000_003 + place
+        return replace(self, seed=seed % 2**63)
+
 
 @dataclass(frozen=True)
 class TapRequest:

@@ -8,7 +8,6 @@ Models of Llama's shapes, 8 ranks, bf16, rows of 4,096, micro-batch 2, global ba
 import json
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from largekd.config.load import parse_config
 from largekd.planner.plan import plan
 
 RANKS = 8
-STUDENT: Mapping[str, Any] = {
+STUDENT: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 4096,
     "num_hidden_layers": 32,

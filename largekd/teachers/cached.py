@@ -171,8 +171,7 @@ class CachedTeacher:
             case TopKRequest() as wanted:
                 return readout.top_k(batch.counted_T, request=wanted)
             case SampledRequest() as wanted:
-                seed = ((wanted.seed * 1_000_003 + self._rank) * 1_000_003 + place) % 2**63
-                own = SampledRequest(wanted.draws, wanted.proposal_power, wanted.temperature, seed=seed)
+                own = wanted.of_micro_batch(place, rank=self._rank)
                 return readout.sampled(batch.counted_T, request=own)
         return HiddenSignal(hidden_PE.view(rows, positions, -1), self._head)
 

@@ -103,10 +103,9 @@ class OnlineTeacher:
             case TopKRequest() as wanted:
                 signal = Readout(hidden_PE, head, self._shared_ids).top_k(batch.counted_T, request=wanted)
             case SampledRequest() as wanted:
-                # Every micro-batch of every rank draws for itself.
-                seed = (wanted.seed * 1_000_003 + self._rank) * 1_000_003 + place
+                own = wanted.of_micro_batch(place, rank=self._rank)
                 readout = Readout(hidden_PE, head, self._shared_ids)
-                return replace(readout.sampled(batch.counted_T, request=replace(wanted, seed=seed % 2**63)), taps=taps)
+                return replace(readout.sampled(batch.counted_T, request=own), taps=taps)
             case _ if translation is not None:
                 rows_T, present_T = scored_rows(translation)
                 return HiddenSignal(hidden_BSE, head, rows_T, present_T.to(hidden_BSE.dtype), taps)

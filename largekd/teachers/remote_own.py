@@ -266,8 +266,7 @@ class OwnServers:
         """The same as an online teacher's on this rank."""
         if not isinstance(wanted, SampledRequest):
             return ()
-        first = (wanted.seed * 1_000_003 + self._rank) * 1_000_003 + place
-        return tuple((first + index) % 2**63 for index in range(count))
+        return tuple(wanted.of_micro_batch(place + index, rank=self._rank).seed for index in range(count))
 
     def _answer_bytes(self, wire: WireRequest) -> int:
         tokens = sum(batch.counted_T.numel() for batch in wire.batches)

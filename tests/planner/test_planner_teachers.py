@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import plan_teachers
 import pytest
 
 from largekd.config.load import parse_config
@@ -11,23 +12,7 @@ from largekd.errors import ConfigError
 from largekd.planner.plan import Plan, plan
 from largekd.planner.report import plan_record, plan_text, render_plan
 
-SMALL: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128_256,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-}
-LARGE = SMALL | {
-    "hidden_size": 8192,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "intermediate_size": 28672,
-}
+SMALL, LARGE = plan_teachers.STUDENT, plan_teachers.TEACHER
 RANKS, ROW, MICRO = 8, 4096, 2
 STEP_TOKENS = 64 // RANKS * ROW
 ONLINE = {"kind": "online", "model": "LARGE", "deepspeed": "ds_configs/teacher_zero3.json"}

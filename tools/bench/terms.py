@@ -7,8 +7,6 @@ Every measurement is a process of its own; the contenders take turns. Exit statu
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
 from fused_vocab import NAMED, QUICK, environment  # noqa: E402
 from vocab_bars import median  # noqa: E402
-from vocab_cell import Cell, Inputs, make_inputs, measure  # noqa: E402
+from vocab_cell import Cell, Inputs, make_inputs, measure, spawn  # noqa: E402
 
 CONTENDERS = ("one", "five", "one_compiled", "five_compiled")
 LABELS = {
@@ -77,18 +75,6 @@ def _step(vocabulary: Any, cell: Cell, inputs: Inputs, /) -> float:
     return loss.item()
 
 
-def spawn(cell: Cell, name: str, /) -> dict[str, float]:
-    """What a child process of this file prints last, at one thread."""
-    payload = json.dumps({"cell": asdict(cell), "name": name})
-    command = [sys.executable, str(Path(__file__).resolve()), "--child", payload]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"{name} failed with status {done.returncode}:\n{done.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
-
-
 def judge(runs: dict[str, list[dict[str, float]]], /, *, counts: bool) -> list[dict[str, str]]:
     """Medians over rounds of the ratio within a round. Without `counts` (a small cell) nothing is judged."""
     bars = []
@@ -123,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     for turn in range(rounds):
         for name in CONTENDERS:
             print(f"{LABELS[name]}, round {turn + 1}/{rounds}", file=sys.stderr, flush=True)
-            runs[name].append(spawn(cell, name))
+            runs[name].append(spawn(Path(__file__), cell, name))
     report = {"environment": environment(), "cell": asdict(cell), "runs": runs}
     report["bars"] = judge(runs, counts=not options.quick)
     print(f"\n{cell.tokens} tokens, vocabulary {cell.vocab}, hidden {cell.hidden}, {cell.dtype}, one thread")

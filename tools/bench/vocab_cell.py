@@ -1,8 +1,12 @@
 """The inputs of one benchmark cell and what a process measures about itself."""
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -85,3 +89,15 @@ def measure(work: Callable[[], float | None], /) -> dict[str, float]:
         "peak_bytes": status_bytes("VmHWM") - before,
         "loss": float("nan") if loss is None else loss,
     }
+
+
+def spawn(script: Path, cell: Cell, name: str, /) -> dict[str, float]:
+    """What `script --child` prints last, in a process of its own with one thread."""
+    payload = json.dumps({"cell": asdict(cell), "name": name})
+    command = [sys.executable, str(script.resolve()), "--child", payload]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(f"{name} failed with status {done.returncode}:\n{done.stderr[-3000:]}")
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
