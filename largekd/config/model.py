@@ -5,6 +5,10 @@ from typing import Literal
 from pydantic import Field
 
 from largekd.config.common import Frozen
+from largekd.config.design import DesignConfig
+from largekd.config.initialise import InitialiseConfig
+from largekd.config.layer_drop import LayerDropConfig
+from largekd.config.lora import LoraConfig
 
 
 class SourceModelConfig(Frozen):
@@ -29,3 +33,9 @@ class StudentConfig(SourceModelConfig):
     teacher_layers: tuple[int, ...] | None = Field(
         None, description="Indices of the teacher's layers that the student starts from; embeddings and norm too."
     )
+    design: DesignConfig | None = Field(None, description="The teacher's family at a target size.")
+    initialise: InitialiseConfig | None = Field(
+        None, description="First weights of a student of `config` or `design`; null: random."
+    )
+    lora: LoraConfig | None = Field(None, description="Train adapters alone; null: all weights.")
+    layer_drop: LayerDropConfig | None = Field(None, description="Leave layers out at random; null: never.")

@@ -13,6 +13,7 @@ from largekd.config.divergence import (
     SignalConfig,
     TranslationConfig,
 )
+from largekd.config.router import RouterConfig
 from largekd.config.schedule import Scheduled
 
 
@@ -33,6 +34,9 @@ class ObjectiveConfig(Frozen):
     attention: tuple[AttentionConfig, ...] = Field((), description="Alignment of attention.")
     deep_supervision: DeepSupervisionConfig | None = Field(
         None, description="Intermediate layers that are trained on the vocabulary terms too; null: none."
+    )
+    router: RouterConfig | None = Field(
+        None, description="Terms over the router of a mixture-of-experts student; null: none."
     )
     chunk_tokens: int = Field(512, ge=1, description="Tokens whose logits exist at one time.")
     compile: bool = Field(False, description="Compile the row function of the vocabulary pass (torch.compile).")

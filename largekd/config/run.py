@@ -9,6 +9,7 @@ from largekd.config.model import StudentConfig
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.output import CheckpointConfig, ExportConfig, LogConfig, RunFolderConfig
 from largekd.config.rollouts import RolloutConfig
+from largekd.config.stages import StageConfig
 from largekd.config.teacher import TeacherConfig
 from largekd.config.train import OptimConfig, TrainConfig
 
@@ -33,4 +34,5 @@ class RunConfig(Frozen):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     log: LogConfig = Field(default_factory=LogConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
+    stages: tuple[StageConfig, ...] = Field((), description="Parts of the run that differ; none: the run is one.")
     cache: CacheConfig | None = Field(None, description="What launch/cache_teacher.py stores; training ignores it.")

@@ -16,7 +16,7 @@ BLOCKS = (
     ("planner", "contracts", "runtime"),
     ("sharding",),
     ("data", "models", "monitoring"),
-    ("objectives", "optim"),
+    ("initialisation", "objectives", "optim"),
     ("engine",),
     ("teachers",),
     ("checkpoint", "generation", "evaluation"),

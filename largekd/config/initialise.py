@@ -1,0 +1,21 @@
+"""How a student of another shape takes its first weights from the teacher."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from largekd.config.common import Frozen
+
+
+class InitialiseConfig(Frozen):
+    """First weights of a student whose shape comes from `student.config` or `student.design`."""
+
+    layers: Literal["uniform", "first", "first_last", "block_influence"] | tuple[int, ...] = Field(
+        "uniform", description="The teacher's layers that are kept: a rule, or their indices."
+    )
+    width: Literal["truncate", "interpolate", "importance", "pca"] = Field(
+        "truncate", description="How hidden units, neurons and heads are reduced."
+    )
+    calibration_rows: int = Field(
+        64, ge=1, description="Rows of data.train on which activations are measured, by the rules that need some."
+    )

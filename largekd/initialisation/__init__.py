@@ -1,0 +1,1 @@
+"""Initialisation: a student's first weights from a teacher of another shape."""

@@ -1,0 +1,52 @@
+"""Where each axis of the student comes from: chosen entries of the teacher's axis, or mixtures of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Role = Literal["width", "ffn", "heads", "kv_heads", "vocabulary"]
+"""What an axis counts: hidden units of the residual stream, neurons of an MLP, query heads, key heads, tokens."""
+
+
+@dataclass(frozen=True)
+class Select:
+    """new[n] = old[index_N[n]]."""
+
+    index_N: Tensor
+
+    def apply(self, value: Tensor, *, dim: int) -> Tensor:
+        """`value` with the chosen entries along `dim`."""
+        return value.index_select(dim, self.index_N)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """new = matrix_NM @ old, in float32."""
+
+    matrix_NM: Tensor
+
+    def apply(self, value: Tensor, *, dim: int) -> Tensor:
+        """`value` with mixtures along `dim`."""
+        mixed = torch.tensordot(self.matrix_NM.float(), value.float(), dims=([1], [dim]))
+        return mixed.movedim(0, dim).to(value.dtype)
+
+
+AxisMap = Select | Mix
+
+
+@dataclass(frozen=True)
+class StudentMaps:
+    """The whole plan of a smaller student: `layers[i]` is the teacher's layer that layer i of the student comes from.
+
+    Maps by layer are keyed by the student's layer; an axis without a map is taken as it is.
+    """
+
+    layers: tuple[int, ...]
+    width: AxisMap | None = None
+    vocabulary: AxisMap | None = None
+    ffn: Mapping[int, AxisMap] = field(default_factory=dict)
+    heads: Mapping[int, AxisMap] = field(default_factory=dict)
+    kv_heads: Mapping[int, AxisMap] = field(default_factory=dict)
