@@ -165,9 +165,18 @@ def own_micro_batches(*, rows: int, packed: bool, micro_batch_size: int, seed: i
 
 
 def run_step(
-    side: Side, batches: Sequence[Batch], *, step: int = 0, lr: float = 0.0, measure: bool = False, **options: Any
+    side: Side,
+    batches: Sequence[Batch],
+    *,
+    step: int = 0,
+    lr: float = 0.0,
+    measure: bool = False,
+    left_out: tuple[tuple[int, ...], ...] = (),
+    **options: Any,
 ) -> tuple[Any, Any]:
-    setting = StepSetting.at(objective=side.objective, alignment=side.alignment, step=step, max_steps=10, seed=SEED)
+    setting = StepSetting.at(
+        objective=side.objective, alignment=side.alignment, step=step, max_steps=10, seed=SEED, left_out=left_out
+    )
     selection = side.selection
     scales = step_scales(
         batches,

@@ -8,6 +8,7 @@ from largekd.config.objective_checks import check_objective
 from largekd.config.remote_checks import check_remote
 from largekd.config.rollout_checks import check_rollouts
 from largekd.config.run import RunConfig
+from largekd.config.schedule import extremes
 from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig
 from largekd.config.teacher_checks import check_mixture
 from largekd.errors import ConfigError
@@ -21,6 +22,7 @@ def check_config(config: RunConfig) -> list[str]:
         *_student(config),
         *_average(config),
         *_self_shared(config),
+        *_depth(config),
         *_objective(config),
         *_optim(config),
         *_data(config),
@@ -102,6 +104,24 @@ def _self_shared(config: RunConfig) -> Iterator[str]:
             f"teacher.pruning.end_frac = {pruning.end_frac}: must be greater than teacher.pruning.begin_frac = "
             f"{pruning.begin_frac}"
         )
+
+
+def _depth(config: RunConfig) -> Iterator[str]:
+    """Rules of leaving layers out."""
+    if config.student.layer_drop is not None:
+        low, high = extremes(config.student.layer_drop.rate)
+        if low < 0 or high >= 1:
+            yield f"student.layer_drop.rate: goes from {low:g} to {high:g}; it must be at least 0 and less than 1"
+        if config.objective.router is not None:
+            yield "student.layer_drop: a layer that is left out has no router to balance; remove objective.router"
+    if config.teacher.kind == "self_shared":
+        for key, value in (
+            ("student.layer_drop", config.student.layer_drop),
+            ("eval.depths", config.eval.depths or None),
+            ("export.depth", config.export.depth),
+        ):
+            if value is not None:
+                yield f"{key}: teacher.kind = 'self_shared' chooses by pruning which layers go; remove it"
 
 
 def _objective(config: RunConfig) -> Iterator[str]:

@@ -68,4 +68,7 @@ class EvalConfig(Frozen):
     every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after training.")
     before: bool = Field(True, description="Evaluate before the first step too.")
     max_rows: int | None = Field(None, ge=1, description="Evaluate this many rows; null: all.")
+    depths: tuple[int, ...] = Field(
+        (), description="Also evaluate the student with only this many of its layers, evenly chosen."
+    )
     micro_batch_size: int | None = Field(None, ge=1, description="Rows per forward; null: train.micro_batch_size.")

@@ -42,5 +42,8 @@ class ExportConfig(Frozen):
     weights: Literal["student", "teacher_average"] = Field(
         "student", description="teacher_average: the average of the student's weights that a teacher of kind ema is."
     )
+    depth: int | None = Field(
+        None, ge=2, description="Export only this many of the student's layers, chosen as for eval.depths; null: all."
+    )
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="Dtype on disk; null: train.precision.")
     max_shard_bytes: int = Field(2_000_000_000, ge=1_000_000, description="Largest safetensors file.")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from largekd.contracts import Batch
 from largekd.data.loader import RowLoader
 from largekd.distillation.cache_binding import check_teacher_data
 from largekd.distillation.data import RunData, build_data
+from largekd.distillation.layer_drop import LayerDrop, build_layer_drop, reduced_depths
 from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student, find_sources
@@ -69,7 +70,10 @@ class Parts:
     loader: RowLoader
     evaluation_batches: Callable[[], Iterator[Batch]] | None
     resumable: bool
+    accumulation: int
     rollouts: Rollouts | None = None
+    layer_drop: LayerDrop | None = None
+    depths: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def close(self) -> None:
         """Take both engines down."""
@@ -161,7 +165,10 @@ def build(
         evaluation_batches=data.evaluation_batches,
         # Restored by DeepSpeed without learning rate and moments, and without an error.
         resumable=offload_device(placements.student, "offload_optimizer") != "nvme",
+        accumulation=accumulation,
         rollouts=rollouts,
+        layer_drop=build_layer_drop(config, student=models.student, alignment=models.alignment),
+        depths=reduced_depths(config, student=models.student),
     )
 
 

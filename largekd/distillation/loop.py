@@ -139,6 +139,7 @@ def evaluate_now(session: Session) -> dict[str, float] | None:
             request=parts.objective.evaluation_request,
             n_terms=len(parts.objective.summands),
             device=parts.device,
+            depths=parts.depths,
         )
     except StoppedWaitingError:
         parts.engine.train()
@@ -147,13 +148,14 @@ def evaluate_now(session: Session) -> dict[str, float] | None:
 
 
 def _setting(session: Session, *, step: int, max_steps: int) -> StepSetting:
-    parts = session.parts
+    parts, drop = session.parts, session.parts.layer_drop
     return StepSetting.at(
         objective=parts.objective,
         alignment=parts.alignment,
         step=step,
         max_steps=max_steps,
         seed=parts.config.train.seed,
+        left_out=drop.draw(step=step, max_steps=max_steps, micro_batches=parts.accumulation) if drop else (),
     )
 
 
@@ -228,6 +230,8 @@ def _report(session: Session, *, window: Window, progress: Progress, result: Ste
     }
     for summand, factor in zip(parts.objective.summands, setting.factors, strict=True):
         values[f"schedule/factor/{summand.name}"] = factor
+    if parts.layer_drop is not None:
+        values["schedule/layer_drop"] = parts.layer_drop.rate(step=step - 1, max_steps=progress.max_steps)
     values |= parts.teacher.metrics
     values |= {} if parts.rollouts is None else parts.rollouts.metrics
     values |= {f"optim/lr/{name}": rate for name, rate in parts.engine.learning_rates().items()}

@@ -51,17 +51,19 @@ class DistillModel(nn.Module):
         limit: Tensor | None = None,
         measure: bool = False,
         term_gradients: bool = False,
+        left_out: Sequence[int] = (),
     ) -> dict[str, Tensor]:
         """`scales[n]` multiplies the sum of term n; see VocabularyPass for the other figures that are returned.
 
         A plan without pairs leaves the alignment out; its sums are then 0. With `term_gradients` also
         `alignment_squares`, which the backward pass fills with the squared norm of each alignment term's gradient with
         respect to the student's captured activations, and `deep_squares` of the intermediate layers' terms.
+        left_out: layers of the student that hand their input on.
         """
         first_deep = len(scales) - len(self.vocabulary.terms) * len(self.deep_layers)
         deep = self.deep_layers if self.training else ()
         taps = replace(plan.student, hidden=tuple(sorted({*plan.student.hidden, *deep}))) if deep else plan.student
-        outputs = self.student(batch=batch, taps=taps)
+        outputs = self.student(batch=batch, taps=taps, left_out=left_out)
         options: dict[str, Any] = {
             "batch": batch,
             "signal": signal,

@@ -8,7 +8,8 @@ from largekd.checkpoint.export import write_export
 from largekd.config.run import RunConfig
 from largekd.distillation.builder import Parts
 from largekd.distillation.journal import Journal
-from largekd.models.build import DTYPES
+from largekd.models.build import DTYPES, config_with_layers
+from largekd.models.depth import layers_at_depth
 from largekd.models.export import save_extras, stream_tensors
 from largekd.models.pruning import pruned_config, pruned_tensors
 from largekd.monitoring.memory import process_memory
@@ -35,6 +36,10 @@ def export_student(parts: Parts, *, folder: Path) -> Path:
 
     # A self-shared student is smaller than the model it was trained in.
     pruned = parts.teacher.student if isinstance(parts.teacher, SelfSharedTeacher) else None
+    layers, model_config = None, None if pruned is None else pruned_config(pruned)
+    if config.export.depth is not None:
+        layers = layers_at_depth(depth=config.export.depth, of=model.config.num_hidden_layers, key="export.depth")
+        model_config = config_with_layers(model.config, layers=layers, key="export.depth")
 
     def extras(pending: Path) -> None:
         save_extras(
@@ -43,12 +48,12 @@ def export_student(parts: Parts, *, folder: Path) -> Path:
             dtype=dtype,
             tokenizer=parts.sources.tokenizer,
             source=parts.sources.tokenizer_folder,
-            model_config=None if pruned is None else pruned_config(pruned),
+            model_config=model_config,
         )
 
     write_export(
         target,
-        tensors=stream_tensors(model) if pruned is None else pruned_tensors(pruned),
+        tensors=stream_tensors(model, layers=layers) if pruned is None else pruned_tensors(pruned),
         max_shard_bytes=config.export.max_shard_bytes,
         save_extras=extras,
         ranks=parts.ranks,
@@ -69,8 +74,8 @@ def write_summary(
         wall_s=journal.wall_s,
         tokens_per_s=progress.tokens / progress.train_s if progress.train_s else 0.0,
         peak_rss_bytes=gather_objects(process_memory().peak_rss_bytes),
-        before=_student_figures(journal.evaluations.get("before")),
-        after=_student_figures(after),
+        before=_student_figures(journal.evaluations.get("before"), depth=config.export.depth),
+        after=_student_figures(after, depth=config.export.depth),
         teacher=EvalFigures(perplexity=after["teacher_perplexity"]) if after else None,
         export_dir=str(export_dir),
         tensorboard_dir=str(folder / TENSORBOARD_FOLDER) if config.log.tensorboard else None,
@@ -80,5 +85,9 @@ def write_summary(
     return summary.as_mapping()
 
 
-def _student_figures(figures: Mapping[str, float] | None) -> EvalFigures | None:
-    return EvalFigures(perplexity=figures["perplexity"], kl=figures["kl"]) if figures else None
+def _student_figures(figures: Mapping[str, float] | None, *, depth: int | None) -> EvalFigures | None:
+    """Those of the student that is exported."""
+    if not figures:
+        return None
+    prefix = "" if depth is None else f"depth_{depth}/"
+    return EvalFigures(perplexity=figures[f"{prefix}perplexity"], kl=figures[f"{prefix}kl"])

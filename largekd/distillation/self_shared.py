@@ -63,12 +63,14 @@ class SelfSharedModel(DistillModel):
         limit: Tensor | None = None,
         measure: bool = False,
         term_gradients: bool = False,
+        left_out: Sequence[int] = (),
     ) -> dict[str, Tensor]:
-        """As DistillModel; `signal` is None, and the last of the sums is the teacher's cross-entropy.
+        """As DistillModel; `signal` is None, `left_out` empty, and the last of the sums is the teacher's cross-entropy.
 
         Without gradients that loss is left out, and its sum is 0. With `term_gradients` also `teacher_squares`.
         """
         assert signal is None, "the signal arises in here"
+        assert not left_out, "which layers go is what pruning finds"
         layers = sorted({*plan.student.hidden, *plan.teacher.hidden})
         outputs = self.student(batch=twice(batch), taps=TapRequest(hidden=tuple(layers)), adapters="both")
         rows = len(batch.input_ids_BS)

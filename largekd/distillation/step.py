@@ -18,17 +18,26 @@ from largekd.teachers.protocol import CountsSkips, Teacher
 
 @dataclass(frozen=True)
 class StepSetting:
-    """What a step is asked to do: the summands' factors, the temperature, the layers that take part, the signal."""
+    """What a step is asked to do: the summands' factors, the temperature, the layers that take part, the signal; and
+    the student's layers that each micro-batch leaves out (empty: none of any)."""
 
     factors: tuple[float, ...]
     temperature: float
     tempered: bool
     plan: AlignmentPlan
     request: SignalRequest
+    left_out: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def at(
-        cls, *, objective: Objective, alignment: Alignment | None, step: int, max_steps: int, seed: int
+        cls,
+        *,
+        objective: Objective,
+        alignment: Alignment | None,
+        step: int,
+        max_steps: int,
+        seed: int,
+        left_out: tuple[tuple[int, ...], ...] = (),
     ) -> "StepSetting":
         """The setting of step `step` (0 is the first): a function of its arguments alone, the same on all ranks."""
         plan = AlignmentPlan() if alignment is None else alignment.plan(seed=seed, step=step)
@@ -38,6 +47,7 @@ class StepSetting:
             tempered=objective.config.temperature != 1.0,
             plan=plan,
             request=objective.request(step=step, max_steps=max_steps, taps=plan.teacher, seed=seed),
+            left_out=left_out,
         )
 
 
@@ -133,6 +143,7 @@ def train_step(
                     limit=limit,
                     measure=measure,
                     term_gradients=term_gradients,
+                    left_out=setting.left_out[index] if setting.left_out else (),
                 )
                 loss = outputs.pop("loss")
                 engine.backward(loss, last=index == len(batches) - 1)

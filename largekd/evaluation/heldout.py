@@ -1,6 +1,7 @@
 """Held-out perplexity of student and teacher, and the student's distance to the teacher at temperature 1."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -9,6 +10,11 @@ from largekd.engine.train import TrainEngine
 from largekd.monitoring.health import health_means, perplexity
 from largekd.runtime.ranks import all_sum
 from largekd.teachers.protocol import Teacher
+
+REDUCED = ("perplexity", "kl", "ce", "top1_agreement", "accuracy")
+"""The figures that are given for reduced depths."""
+
+NOWHERE: Mapping[int, Sequence[int]] = MappingProxyType({})
 
 _CHUNK = 4  # micro-batches shown to the teacher at once: bounds the hidden states that are kept
 
@@ -21,15 +27,17 @@ def evaluate(
     request: SignalRequest,
     n_terms: int,
     device: torch.device,
+    depths: Mapping[int, Sequence[int]] = NOWHERE,
 ) -> dict[str, float]:
     """Means per counted token over all ranks: `perplexity`, `teacher_perplexity`, `kl` = KL(teacher || student) and
     `ce` in nats, `top1_agreement`, `accuracy`, `student_entropy`, `teacher_entropy`, `entropy_gap`; and `tokens`.
 
     With a teacher of another tokenizer the figures that need it are over the tokens that it has a signal for, and
     `kl` is between the outcomes of that signal.
+    depths: also evaluate with these layers left out; those figures are `depth_<key>/…` of `REDUCED`.
     Every rank must bring the same number of batches; filler rows count nothing. A collective call.
     """
-    total = torch.zeros(len(HEALTH_NAMES), dtype=torch.float64, device=device)
+    totals = {depth: torch.zeros(len(HEALTH_NAMES), dtype=torch.float64, device=device) for depth in (None, *depths)}
     scales = torch.zeros(n_terms, device=device)
     engine.eval()
     with torch.no_grad():
@@ -37,14 +45,21 @@ def evaluate(
             moved = [batch.to(device=device) for batch in group]
             with teacher.signals(moved, request=request) as signals:
                 for batch in moved:
-                    outputs = engine(batch=batch, signal=next(signals), scales=scales, measure=True)
-                    total += outputs["health"].double()
+                    signal = next(signals)
+                    for depth, total in totals.items():
+                        left_out = () if depth is None else depths[depth]
+                        outputs = engine(batch=batch, signal=signal, scales=scales, measure=True, left_out=left_out)
+                        total += outputs["health"].double()
     engine.train()
-    sums = dict(zip(HEALTH_NAMES, all_sum(total).tolist(), strict=True))
-    return _figures(sums)
+    found = {depth: _figures(all_sum(total).tolist()) for depth, total in totals.items()}
+    figures = found.pop(None)
+    for depth, reduced in found.items():
+        figures |= {f"depth_{depth}/{name}": reduced[name] for name in REDUCED}
+    return figures
 
 
-def _figures(sums: Mapping[str, float]) -> dict[str, float]:
+def _figures(health: Sequence[float]) -> dict[str, float]:
+    sums = dict(zip(HEALTH_NAMES, health, strict=True))
     weight, mean = sums["token_weight"], health_means(sums)
     return {
         "tokens": weight,

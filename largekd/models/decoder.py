@@ -1,7 +1,7 @@
 """A causal language model seen as what distillation needs: hidden states and a vocabulary head."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from largekd.contracts import AttentionInputs, Batch, TapRequest, Taps, VocabularyHead
 from largekd.errors import ConfigError
 from largekd.models.adapters import ADAPTERS_KEY, AdapterUse
+from largekd.models.depth import leaving_out
 from largekd.models.taps import ScoreRule, capturing
 
 logger = logging.getLogger(__name__)
@@ -92,12 +93,18 @@ class Decoder(nn.Module):
         return found[0] if len(found) == 1 else None
 
     def forward(
-        self, *, batch: Batch, taps: TapRequest = _NO_TAPS, adapters: AdapterUse | None = None
+        self,
+        *,
+        batch: Batch,
+        taps: TapRequest = _NO_TAPS,
+        adapters: AdapterUse | None = None,
+        left_out: Sequence[int] = (),
     ) -> dict[str, Tensor]:
         """`last`: hidden states after the final norm, (B, S, D); and per tapped layer i, see `taps_of`:
 
         `hidden.<i>` (B, S, D); `attention.<i>.query` (B, H, S, d), `.key` and `.value` (B, G, S, d).
         adapters: for a model that `adapt` has given some, which of them; see AdapterUse. None: the student's.
+        left_out: layers that hand their input on; what they would have attended with cannot be tapped.
         """
         inputs: dict[str, Any] = batch.model_inputs | ({} if adapters is None else {ADAPTERS_KEY: adapters})
         rows, positions = batch.input_ids_BS.shape
@@ -105,7 +112,7 @@ class Decoder(nn.Module):
         flat = batch.position_ids_BS is not None and self.model.config._attn_implementation in _FLATTENING
         if flat:
             inputs |= {name: value.reshape(1, -1) for name, value in batch.model_inputs.items()}
-        with capturing(self.model, request=taps) as capture:
+        with leaving_out(self.model, layers=left_out), capturing(self.model, request=taps) as capture:
             last = self.model.get_decoder()(**inputs, use_cache=False, return_dict=True).last_hidden_state
         assert capture.covers(taps)
         outputs = {"last": last.reshape(rows, positions, -1)}

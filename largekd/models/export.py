@@ -1,27 +1,47 @@
 """The student on its way out: whole tensors one at a time, and the files that stand beside the weights."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from largekd.models.build import layers_path
 from largekd.sharding.shards import gathered
 
 
-def stream_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+def stream_tensors(model: PreTrainedModel, *, layers: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every parameter once, whole, under its Hugging Face name; tied ones under the first name.
 
+    layers: of the decoder's layers only these, numbered anew; None: all.
     A collective call: all ranks walk it to the end. A tensor is valid until the next one is asked for.
     """
+    renamed = _renamer(model, layers=layers)
     for name, parameter in model.named_parameters():
-        with gathered([parameter]):
-            yield name, parameter.detach()
+        if (kept := renamed(name)) is not None:
+            with gathered([parameter]):
+                yield kept, parameter.detach()
     persistent = persistent_buffers(model)
     for name, buffer in model.named_buffers():
-        if name in persistent:
-            yield name, buffer.detach()
+        if name in persistent and (kept := renamed(name)) is not None:
+            yield kept, buffer.detach()
+
+
+def _renamer(model: PreTrainedModel, *, layers: Sequence[int] | None) -> Callable[[str], str | None]:
+    """The name that a tensor has in a model of these layers alone; None for one of another layer."""
+    if layers is None:
+        return lambda name: name
+    prefix = f"{layers_path(model)}."
+    place = {str(old): new for new, old in enumerate(layers)}
+
+    def rename(name: str) -> str | None:
+        if not name.startswith(prefix):
+            return name
+        index, rest = name.removeprefix(prefix).split(".", 1)
+        return f"{prefix}{place[index]}.{rest}" if index in place else None
+
+    return rename
 
 
 def save_extras(

@@ -89,6 +89,16 @@ class Alignment(nn.Module):
             tuple(pairs.get(config.name, earlier)) for config, earlier in zip(self.configs, self.pairs, strict=True)
         )
 
+    @property
+    def attended(self) -> frozenset[int]:
+        """The student's layers whose attention some term compares at some step."""
+        return frozenset(
+            pair.student
+            for config, pairs in zip(self.configs, self.pairs, strict=True)
+            if not isinstance(config, FeatureConfig)
+            for pair in pairs
+        )
+
     def plan(self, *, seed: int, step: int) -> AlignmentPlan:
         """What takes part in a step (0 is the first); a function of (seed, step), the same on all ranks."""
         active = tuple(

@@ -78,6 +78,19 @@ def sharded_modules(ds_config: Mapping[str, Any], *, seed: int) -> Iterator[None
             yield
 
 
+def gathered_units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
+    """Every module inside `module` for whose own call parameters are gathered, with those."""
+    from deepspeed.utils import z3_leaf_module
+
+    leaf = z3_leaf_module(module)
+    own = list(module.parameters(recurse=leaf))
+    if own:
+        yield module, own
+    if not leaf:
+        for child in module.children():
+            yield from gathered_units(child)
+
+
 def is_sharded(parameter: Tensor) -> bool:
     """Whether ZeRO-3 owns this parameter."""
     return hasattr(parameter, "ds_tensor")
