@@ -58,7 +58,7 @@ METRICS: Mapping[str, str] = {
     "schedule/factor/<term>": "what the term's mean is multiplied by at this step",
     "eval/perplexity": "exp of the student's cross-entropy on held-out text",
     "eval/teacher_perplexity": "the same of the teacher",
-    "eval/depth_<layers>/perplexity": "of the student with only so many of its layers (`eval.depths`); kl and others too",
+    "eval/depth_<layers>/perplexity": "of the student with so many of its layers alone (`eval.depths`); kl too",
     "eval/ce": "the student's cross-entropy on held-out text, nats per token",
     "eval/kl": "KL(teacher‖student) on held-out text at temperature 1, nats per token",
     "eval/top1_agreement": "as health/, on held-out text",
