@@ -13,14 +13,15 @@ from house.checkout import PACKAGE, ROOT, at, files, imports, tree
 BLOCKS = (
     ("errors",),
     ("config",),
-    ("planner", "contracts", "runtime"),
+    ("planner", "contracts", "runtime", "sandbox"),
     ("sharding",),
-    ("data", "models", "monitoring"),
+    ("curation", "data", "models", "monitoring"),
     ("initialisation", "objectives", "optim"),
     ("engine",),
     ("teachers",),
     ("checkpoint", "generation", "evaluation"),
     ("distillation",),
+    ("factory",),
 )
 LEVEL = {room: level for level, block in enumerate(BLOCKS) for room in block}
 DEEPSPEED_ROOMS = {"engine", "sharding"}

@@ -1,0 +1,126 @@
+"""What becomes of the answers: parsing, verification, filters, the training data they make."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from largekd.config.common import Frozen
+from largekd.config.sandbox import SandboxConfig
+
+
+class VerifyConfig(Frozen):
+    """How an answer is compared with the right one."""
+
+    kind: Literal["none", "exact", "numeric", "symbolic", "choice", "tests", "majority"] = Field(
+        "none", description="majority: the answer that most samples of the row agree on counts as right."
+    )
+    tolerance: float = Field(1e-6, ge=0, description="Relative difference of numbers that still agree.")
+    agree_share: float = Field(0.5, gt=0, le=1, description="Least share of samples behind a majority.")
+    programs: Literal["ignore", "run", "must_agree"] = Field(
+        "ignore", description="run: a program's output is its answer. must_agree: and must equal the reasoning's."
+    )
+    sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
+
+
+class LengthFilterConfig(Frozen):
+    """Characters and words of an answer."""
+
+    kind: Literal["length"]
+    min_words: int = Field(1, ge=0, description="Fewest words.")
+    max_words: int | None = Field(None, ge=1, description="Most words; null: no limit.")
+
+
+class RepetitionFilterConfig(Frozen):
+    """Share of repeated n-grams and lines, and of unique words."""
+
+    kind: Literal["repetition"]
+    ngram: int = Field(4, ge=1, description="Words of an n-gram.")
+    max_ngram_share: float = Field(0.3, ge=0, le=1, description="Largest share of n-grams that occur before.")
+    max_line_share: float = Field(0.3, ge=0, le=1, description="Largest share of lines that occur before.")
+    min_unique_words: float = Field(0.1, ge=0, le=1, description="Smallest share of distinct words.")
+
+
+class LanguageFilterConfig(Frozen):
+    """Language of an answer (needs the extra `language`)."""
+
+    kind: Literal["language"]
+    languages: tuple[str, ...] = Field(("en",), min_length=1, description="ISO 639-1 codes that are kept.")
+    min_probability: float = Field(0.5, ge=0, le=1, description="Least certainty of the detector.")
+
+
+class DuplicateFilterConfig(Frozen):
+    """Exact and near duplicates; the first one stays."""
+
+    kind: Literal["duplicates"]
+    field: Literal["answer", "question", "both"] = Field("both", description="What is compared.")
+    threshold: float = Field(0.8, gt=0, le=1, description="Jaccard similarity of word n-grams; 1: exact ones alone.")
+    ngram: int = Field(5, ge=1, description="Words of an n-gram.")
+    permutations: int = Field(128, ge=16, description="Hashes of a MinHash signature.")
+
+
+class ContaminationFilterConfig(Frozen):
+    """Overlap with evaluation sets."""
+
+    kind: Literal["contamination"]
+    sets: tuple[str, ...] = Field(min_length=1, description="JSONL or text files that the data must not contain.")
+    ngram: int = Field(13, ge=2, description="Words of an n-gram.")
+    max_share: float = Field(0.0, ge=0, le=1, description="Largest share of a row's n-grams that occur in the sets.")
+
+
+class ConfidenceFilterConfig(Frozen):
+    """The writer's own certainty."""
+
+    kind: Literal["confidence"]
+    min_mean_logp: float = Field(-2.0, le=0, description="Least mean log-probability of the written tokens.")
+
+
+class DifficultyFilterConfig(Frozen):
+    """Share of a row's samples that are right."""
+
+    kind: Literal["difficulty"]
+    min_pass_rate: float = Field(0.0, ge=0, le=1, description="Easier than this at least.")
+    max_pass_rate: float = Field(1.0, ge=0, le=1, description="And no easier than this.")
+    per_row: int | None = Field(None, ge=1, description="Right answers that are kept of a row; null: all.")
+
+
+class HookFilterConfig(Frozen):
+    """A user's own filter, such as one for toxicity or personal data."""
+
+    kind: Literal["hook"]
+    module: str = Field(description="Python module (dotted name or .py file) with `score(row) -> dict[str, float]`.")
+    name: str = Field(description="Name of the score that decides.")
+    min_score: float | None = Field(None, description="Least score; null: no limit.")
+    max_score: float | None = Field(None, description="Largest score; null: no limit.")
+
+
+FilterConfig = Annotated[
+    LengthFilterConfig
+    | RepetitionFilterConfig
+    | LanguageFilterConfig
+    | DuplicateFilterConfig
+    | ContaminationFilterConfig
+    | ConfidenceFilterConfig
+    | DifficultyFilterConfig
+    | HookFilterConfig,
+    Field(discriminator="kind"),
+]
+
+
+class DatasetConfig(Frozen):
+    """The training data that are made of what is kept."""
+
+    reasoning: Literal["with", "without", "both"] = Field("with", description="Whether targets hold the reasoning.")
+    held_out: int = Field(0, ge=0, description="Rows (with all their answers) that are set aside for evaluation.")
+    parquet: bool = Field(False, description="Also write parquet, readable as a Hugging Face data set.")
+    seed: int = Field(0, ge=0, description="Seed of the order and of what is set aside.")
+
+
+class CurationConfig(Frozen):
+    """Cheap, and repeatable with other settings on answers that were paid for once."""
+
+    answer_format: Literal["auto", "boxed", "hashes", "answer_line", "last_number", "choice", "none"] = Field(
+        "auto", description="Where the final answer stands; auto tries them in turn, but not last_number."
+    )
+    verify: VerifyConfig = Field(default_factory=VerifyConfig)
+    filters: tuple[FilterConfig, ...] = Field((), description="Applied in order; all scores of a row are kept.")
+    dataset: DatasetConfig = Field(default_factory=DatasetConfig)

@@ -1,0 +1,158 @@
+"""What a model is asked to write, and how: the configuration of launch/generate.py."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from largekd.config.common import Frozen
+from largekd.config.curation import CurationConfig
+from largekd.config.output import LogConfig
+
+
+class RowSourceConfig(Frozen):
+    """Rows of a data set; each becomes a prompt."""
+
+    kind: Literal["rows"] = "rows"
+    path: str = Field(description="File, folder or glob of .jsonl/.json/.csv/.parquet, or a hub data set's name.")
+    subset: str | None = Field(None, description="Configuration name of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set.")
+    question: str = Field("question", description="Column with the question or instruction.")
+    answer: str | None = Field(None, description="Column with the right answer, for verification; null: there is none.")
+    tests: str | None = Field(None, description="Column with unit tests (Python), for programs.")
+    id: str | None = Field(None, description="Column that names a row; null: a hash of its content.")
+    skip_rows: int = Field(0, ge=0, description="Leave out this many rows at the beginning.")
+    max_rows: int | None = Field(None, ge=1, description="Read no more than this many rows.")
+    licence: str | None = Field(None, description="Licence of these rows, for the data card.")
+
+
+class TopicSourceConfig(Frozen):
+    """Every topic with every task type, and with every persona if there are some."""
+
+    kind: Literal["topics"]
+    topics: tuple[str, ...] = Field(min_length=1, description="What is written about.")
+    tasks: tuple[str, ...] = Field(min_length=1, description="Kinds of task, such as 'explain', 'compare', 'rewrite'.")
+    personas: tuple[str, ...] = Field((), description="Who asks; none: nobody in particular.")
+    per_combination: int = Field(1, ge=1, description="Instructions of each combination.")
+
+
+class SeedSourceConfig(Frozen):
+    """New instructions in the manner of given ones (self-instruct)."""
+
+    kind: Literal["seeds"]
+    path: str = Field(description="JSONL of seed instructions, column `instruction`.")
+    rows: int = Field(ge=1, description="Instructions to ask for.")
+    examples: int = Field(3, ge=1, description="Seeds that each prompt shows.")
+
+
+GenerateSourceConfig = Annotated[RowSourceConfig | TopicSourceConfig | SeedSourceConfig, Field(discriminator="kind")]
+
+
+class EmbeddedBackendConfig(Frozen):
+    """A model of this job, in shards or whole on every rank, written with by transformers."""
+
+    kind: Literal["embedded"] = "embedded"
+    model: str = Field(description="Hugging Face folder or hub name.")
+    revision: str | None = Field(None, description="Commit or tag of a hub model.")
+    trust_remote_code: bool = Field(False, description="Run Python code that the model's repository ships.")
+    deepspeed: str = Field(description="ds_configs file with the model's placement.")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Dtype of weights and compute.")
+    attention: Literal["sdpa", "flash_attention_2", "eager"] = Field("sdpa", description="Attention implementation.")
+    gather: Literal["whole", "streamed", "auto"] = Field("auto", description="As rollouts.gather of a run.")
+    batch_size: int = Field(16, ge=1, description="Answers that a rank writes at the same time.")
+    licence: str | None = Field(None, description="Licence of the model's texts, for the data card.")
+
+
+class EndpointBackendConfig(Frozen):
+    """An OpenAI-compatible server (chat completions)."""
+
+    kind: Literal["endpoint"]
+    url: str = Field(description="Base address, such as https://host/v1.")
+    model: str = Field(description="Name that the server knows the model by.")
+    key_variable: str | None = Field(None, description="Environment variable with the key; null: none is sent.")
+    allow_remote: bool = Field(False, description="Send prompts to a server that is not on this machine.")
+    concurrency: int = Field(8, ge=1, description="Requests at the same time, over all ranks.")
+    requests_per_minute: float | None = Field(None, gt=0, description="Limit over all ranks; null: none.")
+    tokens_per_minute: float | None = Field(None, gt=0, description="Limit over all ranks; null: none.")
+    timeout_s: float = Field(120.0, gt=0, description="Seconds for one answer.")
+    retries: int = Field(8, ge=0, description="Further attempts after 429, 5xx, a broken connection or answer.")
+    input_price: float = Field(0.0, ge=0, description="Cost of a million prompt tokens.")
+    output_price: float = Field(0.0, ge=0, description="Cost of a million written tokens.")
+    max_cost: float | None = Field(None, gt=0, description="Stop, saved, before this cost is exceeded; null: no limit.")
+    licence: str | None = Field(None, description="Licence or terms of the model's texts, for the data card.")
+
+
+class VllmBackendConfig(Frozen):
+    """vLLM in this process (needs the package vllm and a GPU); one rank."""
+
+    kind: Literal["vllm"]
+    model: str = Field(description="Hugging Face folder or hub name.")
+    engine: dict[str, Any] = Field(default_factory=dict, description="Further arguments of vllm.LLM.")
+    licence: str | None = Field(None, description="Licence of the model's texts, for the data card.")
+
+
+BackendConfig = Annotated[
+    EmbeddedBackendConfig | EndpointBackendConfig | VllmBackendConfig, Field(discriminator="kind")
+]
+
+
+class PromptConfig(Frozen):
+    """How a row becomes a conversation."""
+
+    templates: tuple[str, ...] = Field(
+        ("step_by_step",),
+        min_length=1,
+        description="Names of the package's, or .jinja files; each row gets all.",
+    )
+    system: str | None = Field(None, description="System message; null: the template's own, if any.")
+    few_shot: str | None = Field(None, description="JSONL of worked examples (question, answer) that templates show.")
+    few_shot_count: int = Field(3, ge=1, description="Examples that each prompt shows, drawn by the row.")
+    revise: bool = Field(False, description="A second turn: criticise the answer and write a better one.")
+    variables: dict[str, str] = Field(default_factory=dict, description="Further values that templates may use.")
+
+
+class SamplingConfig(Frozen):
+    """How each answer is drawn. Sample i of a row has its own seed, of (seed, row, template, i)."""
+
+    samples: int = Field(1, ge=1, description="Answers to each prompt.")
+    temperature: float = Field(0.7, ge=0, description="Divides the logits; 0: always the likeliest token.")
+    temperatures: tuple[float, ...] = Field((), description="One per sample in turn; replaces the above.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Draw among the likeliest tokens that have this mass together.")
+    top_k: int | None = Field(None, ge=1, description="Draw among this many likeliest tokens; null: among all.")
+    min_p: float = Field(0.0, ge=0, lt=1, description="Draw among tokens with at least this share of the likeliest's.")
+    max_new_tokens: int = Field(512, ge=1, description="Longest answer.")
+    max_prompt_tokens: int = Field(2048, ge=1, description="Longer prompts are kept as failed rows with the reason.")
+    stop: tuple[str, ...] = Field((), description="Texts that end an answer; they are cut off.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of all draws.")
+
+
+class GenerateOutputConfig(Frozen):
+    """Where everything is written."""
+
+    dir: str = Field(description="Folder of the job; an unfinished one in it is continued.")
+    fresh: bool = Field(False, description="Move an earlier job in the folder aside and start anew.")
+    shard_rows: int = Field(256, ge=1, description="Answers in one committed file.")
+    commit_s: float = Field(30.0, gt=0, description="Seconds after which what is finished is committed.")
+
+
+class GenerateConfig(Frozen):
+    """One YAML file recipes/generate_*.yaml is one of these."""
+
+    output: GenerateOutputConfig
+    source: GenerateSourceConfig
+    backend: BackendConfig
+    prompts: PromptConfig = Field(default_factory=PromptConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    curation: CurationConfig = Field(default_factory=CurationConfig)
+    collective_timeout_s: int = Field(1800, ge=5, description="Seconds after which a silent rank counts as hung.")
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kinds(cls, value: Any) -> Any:
+        """A source without a kind is rows, a backend without a kind is embedded."""
+        if isinstance(value, dict):
+            value = dict(value)
+            for key, kind in (("source", "rows"), ("backend", "embedded")):
+                if isinstance(value.get(key), dict):
+                    value[key] = {"kind": kind, **value[key]}
+        return value

@@ -1,0 +1,1 @@
+"""Factory: the job that lets a model write data, row by row, over any number of ranks."""

@@ -1,0 +1,1 @@
+"""Sandbox: programs that nobody has read, run in isolation and within limits."""
