@@ -25,6 +25,7 @@ PROVEN_FAMILIES = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gpt_neox",
         "granite",
         "llama",
         "mistral",
