@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from largekd.config.design_checks import check_design
 from largekd.config.objective_checks import check_objective
 from largekd.config.remote_checks import check_remote
 from largekd.config.rollout_checks import check_rollouts
@@ -20,6 +21,7 @@ def check_config(config: RunConfig) -> list[str]:
         *_train(config),
         *check_mixture(config),
         *_student(config),
+        *check_design(config),
         *_average(config),
         *_self_shared(config),
         *_depth(config),
@@ -56,8 +58,12 @@ def _train(config: RunConfig) -> Iterator[str]:
 
 def _student(config: RunConfig) -> Iterator[str]:
     student, averaged = config.student, isinstance(config.teacher, EMATeacherConfig)
-    if student.model is None and student.config is None and student.teacher_layers is None and not averaged:
-        yield "student.model: set it, or student.config, or student.teacher_layers, otherwise there is no student"
+    shapes = (student.model, student.config, student.teacher_layers, student.design)
+    if all(shape is None for shape in shapes) and not averaged:
+        yield (
+            "student.model: set it, or student.config, student.teacher_layers or student.design, otherwise there is "
+            "no student"
+        )
     teacher = config.teacher
     if isinstance(teacher, CachedTeacherConfig) and teacher.model is None and student.teacher_layers is not None:
         yield "student.teacher_layers: a cache has no layers; set teacher.model to the teacher that was cached"

@@ -18,6 +18,7 @@ from largekd.config.teacher import (
     RemoteTeacherConfig,
 )
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
+from largekd.distillation.design import designed_config
 from largekd.errors import ConfigError
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
 from largekd.models.decoder import Decoder, enable_checkpointing
@@ -79,6 +80,8 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
         student_config = read_config(
             Path(config.student.config), key="student.config", trust_remote_code=config.student.trust_remote_code
         )
+    elif config.student.design is not None:
+        student_config = designed_config(config.student.design, teacher=teacher.path, teacher_key=teacher_key)
     else:
         assert config.student.teacher_layers is not None
         student_config = config_with_layers(teacher.config, layers=config.student.teacher_layers)
@@ -98,6 +101,8 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
         student_of_teacher = torch.from_numpy(shared_tokens(teacher_tokenizer, tokenizer, **widths))
     teachers = [(_member_model_key(index), member.config) for index, member in enumerate(members)]
     student_key = "student.config" if config.student.config is not None else "student.model"
+    if config.student.design is not None:
+        student_key = "student.design"
     for key, model_config in (*(teachers or [(teacher_key, teacher.config)]), (student_key, student_config)):
         _check_positions(model_config, key=key, sequence_length=config.train.sequence_length)
     return Sources(
@@ -172,7 +177,7 @@ def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
         load_layers(model, folder=sources.student.path, rank=ranks.rank, layers=config.student.layers)
     elif sources.student is not None:
         load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
-    elif config.student.config is not None:
+    elif config.student.config is not None or config.student.design is not None:
         initialise_randomly(model, seed=config.train.seed, rank=ranks.rank)
     else:
         assert config.student.teacher_layers is not None

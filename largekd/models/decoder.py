@@ -26,6 +26,7 @@ PROVEN_FAMILIES = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gpt_neox",
         "granite",
         "llama",
         "mistral",

@@ -111,9 +111,12 @@ def layer_activation_bytes(shape: ModelShape, *, dtype_bytes: int) -> int:
     """Bytes per token that autograd keeps of one layer, without checkpointing.
 
     (4b)I + (2b)(Q + K) + norms (4 + b)D + (2b)D, and (4 + b)(Q + K) where queries and keys are normalised; the 4 is the
-    float32 copy inside a norm. Counted on the saved tensors of Llama and Qwen layers with SDPA attention.
+    float32 copy inside a norm. Counted on the saved tensors of Llama and Qwen layers with SDPA attention. GPT-NeoX has
+    no gate and plain LayerNorms: (2b)I + (10b)D + 4b + 4·heads; b·D more without use_parallel_residual.
     """
     b, query, key = dtype_bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    if not shape.gated:
+        return 2 * b * shape.mlp_width + 10 * b * shape.width + 4 * b + 4 * shape.heads
     norm_sizes = [tensor.numel for tensor in shape.layers[0] if tensor.part == "norm"]
     width_norms = len(norm_sizes) - (2 if shape.qk_norm else 0)
     normalised = (4 + b) * (query + key) if shape.qk_norm else 0

@@ -8,10 +8,11 @@ from largekd.config.placement import read_placements
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError
 from largekd.planner.alignment import alignment_terms, alignment_warnings
+from largekd.planner.design import design_student
 from largekd.planner.locate import read_model_config
 from largekd.planner.memory import PLACES, MemoryTerm, Place, Side, memory_terms, peak_bytes
 from largekd.planner.shapes import ModelShape, read_shape
-from largekd.planner.teachers import find_teachers, kind_terms
+from largekd.planner.teachers import TeacherPlan, find_teachers, kind_terms
 
 _BYTES = {"fp32": 4, "bf16": 2}
 
@@ -48,10 +49,11 @@ def plan(config: RunConfig, *, world_size: int) -> Plan:
     dtype_bytes = _BYTES[config.train.precision]
     found = find_teachers(config, placements=placements, world_size=world_size, dtype_bytes=dtype_bytes)
     # Only a single teacher can lend its layers.
-    student = _student_shape(config, teacher=found[0].side.shape, teacher_model=found[0].model)
+    student = _student_shape(config, teacher=found[0])
     for teacher in found:
         _check_positions(config, key=teacher.model_key, shape=teacher.side.shape)
-    _check_positions(config, key="student.model", shape=student)
+    student_key = "student.design" if config.student.design is not None else "student.model"
+    _check_positions(config, key=student_key, shape=student)
     student_side = Side("student", student, placements.student, world_size, dtype_bytes)
     for teacher in found:
         if teacher.side.has_weights:
@@ -77,8 +79,11 @@ def plan(config: RunConfig, *, world_size: int) -> Plan:
     )
 
 
-def _student_shape(config: RunConfig, *, teacher: ModelShape, teacher_model: str) -> ModelShape:
+def _student_shape(config: RunConfig, *, teacher: TeacherPlan) -> ModelShape:
     student = config.student
+    if student.design is not None:
+        described = read_model_config(teacher.model, revision=getattr(teacher.config, "revision", None))
+        return design_student(described, design=student.design, model=teacher.model_key).shape
     if student.model is not None:
         whole = read_shape(read_model_config(student.model, revision=student.revision))
         if student.layers is None:
@@ -87,7 +92,7 @@ def _student_shape(config: RunConfig, *, teacher: ModelShape, teacher_model: str
     if student.config is not None:
         return read_shape(read_model_config(student.config, revision=student.revision))
     layers = student.teacher_layers or ()
-    return _with_layers(teacher, layers=layers, key="student.teacher_layers", model=teacher_model)
+    return _with_layers(teacher.side.shape, layers=layers, key="student.teacher_layers", model=teacher.model)
 
 
 def _with_layers(whole: ModelShape, *, layers: Sequence[int], key: str, model: str) -> ModelShape:
