@@ -43,4 +43,7 @@ class ExportConfig(Frozen):
         "student", description="teacher_average: the average of the student's weights that a teacher of kind ema is."
     )
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="Dtype on disk; null: train.precision.")
+    adapter: bool = Field(
+        False, description="With student.lora, write the adapters to export/adapter too, as a peft folder."
+    )
     max_shard_bytes: int = Field(2_000_000_000, ge=1_000_000, description="Largest safetensors file.")

@@ -7,17 +7,15 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from largekd.sharding.shards import gathered
+from largekd.models.lora import whole_parameters
 
 
 def stream_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter once, whole, under its Hugging Face name; tied ones under the first name.
+    """Every parameter once, whole, adapters merged, under its Hugging Face name; tied ones under the first name.
 
     A collective call: all ranks walk it to the end. A tensor is valid until the next one is asked for.
     """
-    for name, parameter in model.named_parameters():
-        with gathered([parameter]):
-            yield name, parameter.detach()
+    yield from whole_parameters(model)
     persistent = persistent_buffers(model)
     for name, buffer in model.named_buffers():
         if name in persistent:

@@ -7,6 +7,7 @@ from largekd.config.checks import check_world
 from largekd.config.placement import read_placements
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError
+from largekd.planner.adapters import adapter_count
 from largekd.planner.alignment import alignment_terms, alignment_warnings
 from largekd.planner.locate import read_model_config
 from largekd.planner.memory import PLACES, MemoryTerm, Place, Side, memory_terms, peak_bytes
@@ -52,7 +53,8 @@ def plan(config: RunConfig, *, world_size: int) -> Plan:
     for teacher in found:
         _check_positions(config, key=teacher.model_key, shape=teacher.side.shape)
     _check_positions(config, key="student.model", shape=student)
-    student_side = Side("student", student, placements.student, world_size, dtype_bytes)
+    adapters = adapter_count(student, config=config.student.lora)
+    student_side = Side("student", student, placements.student, world_size, dtype_bytes, adapters=adapters)
     for teacher in found:
         if teacher.side.has_weights:
             _check_buffers(teacher.side, key=f"{teacher.key}.deepspeed")
