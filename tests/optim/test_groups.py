@@ -38,7 +38,7 @@ def grouped(**optim):
 
 
 def test_the_first_pattern_claims_and_every_parameter_is_in_one_group():
-    groups = grouped(groups=[MLP, {"name": "first", "pattern": r"layers\.0\.", "lr_multiplier": 3.0}])
+    groups = grouped(groups=[MLP, {"name": "first", "pattern": r"^model\.layers\.0\.", "lr_multiplier": 3.0}])
     assert groups["mlp"].parameter_names == (
         "model.layers.0.mlp.up_proj.weight",
         "model.layers.1.mlp.up_proj.weight",
@@ -109,7 +109,7 @@ def test_a_pattern_that_claims_nothing_is_an_error(second):
 
 
 def test_freezing_more_does_not_make_other_groups_an_error():
-    frozen = {"name": "bottom", "pattern": r"layers\.0\.", "lr_multiplier": 0.0}
+    frozen = {"name": "bottom", "pattern": r"^model\.layers\.0\.", "lr_multiplier": 0.0}
     groups = grouped(groups=[frozen, {"name": "low", "pattern": r"layers\.0\.mlp"}, MLP])
     assert groups["mlp"].parameter_names == ("model.layers.1.mlp.up_proj.weight",)
     assert "low" not in groups and groups["bottom"].numel == 4 * 4 + 4 + 32 + 4
@@ -119,7 +119,7 @@ def test_freezing_more_does_not_make_other_groups_an_error():
 def test_a_pattern_for_what_is_frozen_already_is_an_error():
     trainable = dict.fromkeys(SHAPES, True) | {"model.embed_tokens.weight": False}
     optim = OptimConfig.model_validate({"groups": [{"name": "e", "pattern": "embed"}]})
-    with pytest.raises(ConfigError, match="'e' claims parameters that are frozen, such as model.embed_tokens.weight"):
+    with pytest.raises(ConfigError, match="'e' claims parameters that are frozen, such as 'model.embed_tokens.weight'"):
         check_claims(trainable, config=optim)
     assert check_claims(trainable, config=optim, more_later=True)["model.embed_tokens.weight"] == "e"
 
@@ -132,7 +132,7 @@ def test_nothing_left_to_train_is_an_error():
 def test_the_table_lists_frozen_groups_without_optimizer_state():
     parameters = named()
     parameters[0][1].requires_grad_(False)
-    frozen = {"name": "bottom", "pattern": r"layers\.0\.", "lr_multiplier": 0.0}
+    frozen = {"name": "bottom", "pattern": r"^model\.layers\.0\.", "lr_multiplier": 0.0}
     groups = build_groups(parameters, config=OptimConfig.model_validate({"groups": [frozen]}))
     records = {record["group"]: record for record in group_records(groups, state_bytes=12)}
     assert records["bottom"]["optimizer_bytes"] == records[ALREADY_FROZEN]["optimizer_bytes"] == 0
