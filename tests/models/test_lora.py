@@ -3,6 +3,7 @@
 import lora_jobs as jobs
 import pytest
 import torch
+from placements import needs_libaio, offload
 from tiny import join_rows, make_rows, save_tiny_llama
 
 pytest.importorskip("peft")
@@ -92,6 +93,17 @@ def test_training_leaves_the_base_alone_and_keeps_state_for_adapters_only(base, 
     adapters = sum(found["before"][name].numel() for name in learns)
     # Shards are padded to the ranks.
     assert 2 * adapters <= found["state"] <= 2 * (adapters + 2 * len(learns))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("nvme", marks=needs_libaio)])
+def test_offload_changes_nothing_but_the_place(base, two_ranks, tmp_path, device):
+    plain, moved = (
+        two_ranks.run(jobs.training, folder=base, steps=2, dora=True, zero=zero)[0]
+        for zero in (None, offload(device, folder=tmp_path, optimizer=device == "cpu"))
+    )
+    torch.testing.assert_close(torch.tensor(moved["losses"]), torch.tensor(plain["losses"]), rtol=1e-5, atol=1e-6)
+    for name, weight in plain["after"].items():
+        torch.testing.assert_close(moved["after"][name], weight, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_dropout_before_the_adapter_is_part_of_the_student_only(base, one_rank):
