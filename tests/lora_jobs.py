@@ -22,7 +22,7 @@ from largekd.engine.train import TrainEngine
 from largekd.models.build import build_model, load_pretrained
 from largekd.models.decoder import Decoder, enable_checkpointing
 from largekd.models.export import save_extras, stream_tensors
-from largekd.models.lora import add_lora, adapter_tensors, base_alone, save_adapter
+from largekd.models.lora import adapter_tensors, add_lora, base_alone, save_adapter
 from largekd.models.replica import is_copyable, whole_copy
 from largekd.models.source import read_config
 from largekd.monitoring.timers import Timers
@@ -105,9 +105,7 @@ class Adapted:
     def start(self) -> "Adapted":
         """Build the engine."""
         self.alignment = self._alignment()
-        module = build_distill_model(
-            self.objective, student=self.decoder, alignment=self.alignment, kind=BackboneModel
-        )
+        module = build_distill_model(self.objective, student=self.decoder, alignment=self.alignment, kind=BackboneModel)
         groups = build_groups(module.named_trainables(), config=self.optim)
         self.engine = TrainEngine(module=module, groups=groups, ds_config=self.zero)
         self.engine.train()
@@ -115,9 +113,7 @@ class Adapted:
 
     def step(self, batches: list, *, step: int = 0, lr: float = 0.0) -> Any:
         """One optimizer step."""
-        setting = StepSetting.at(
-            objective=self.objective, alignment=self.alignment, step=step, max_steps=10, seed=0
-        )
+        setting = StepSetting.at(objective=self.objective, alignment=self.alignment, step=step, max_steps=10, seed=0)
         scales = step_scales(
             batches,
             objective=self.objective,
@@ -177,7 +173,8 @@ def gradients(*, folder: str, rows: int = 4, **options: Any) -> dict[str, Any]:
     share = rows // dist.get_world_size()
     side = Adapted(folder, accumulation=share, **options).start()
     found: dict[str, torch.Tensor] = {}
-    step = side.engine.step
+    step, passes = side.engine.step, [0]
+    side.decoder.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
 
     def reading(*, lr: float) -> Any:
         for name, parameter in side.engine.module.named_trainables():
@@ -190,7 +187,7 @@ def gradients(*, folder: str, rows: int = 4, **options: Any) -> dict[str, Any]:
     sums = result.sums.double().clone()
     dist.all_reduce(sums)
     side.engine.close()
-    return {"gradients": found, "sums": sums, "weights": whole(side.model)}
+    return {"gradients": found, "sums": sums, "weights": whole(side.model), "passes": passes[0]}
 
 
 def training(*, folder: str, steps: int, **options: Any) -> dict[str, Any]:
@@ -230,7 +227,11 @@ def outputs(*, folder: str, into: str, **options: Any) -> dict[str, Any]:
 
     def extras(pending: Path) -> None:
         save_extras(
-            pending, model=side.model, dtype=torch.float32, tokenizer=_NoTokenizer(), source=pending  # type: ignore[arg-type]
+            pending,
+            model=side.model,
+            dtype=torch.float32,
+            tokenizer=_NoTokenizer(),
+            source=pending,  # type: ignore[arg-type]
         )
         save_adapter(pending / "adapter", model=side.model, config=side.lora, tensors=own, base=folder)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from largekd.contracts import Batch, HiddenSignal, TeacherSignal
+from largekd.contracts import Batch, HiddenSignal, OwnSignal, TapSignal, TeacherSignal
 from largekd.distillation.model import NO_PLAN, DistillModel
 from largekd.models.lora import base_alone
 from largekd.objectives.alignment import AlignmentPlan
@@ -30,22 +30,26 @@ class BackboneModel(DistillModel):
         measure: bool = False,
         term_gradients: bool = False,
     ) -> dict[str, Tensor]:
-        """As DistillModel; `signal` is None."""
-        assert signal is None, "the signal arises in here"
+        """As DistillModel; `signal` says what the base is asked for, and without one it does not run."""
+        if signal is not None:
+            assert isinstance(signal, OwnSignal), "the signal arises in here"
+            signal = self._signal(batch, plan=plan, distribution=signal.distribution)
         options: dict[str, Any] = {"temperature": temperature, "limit": limit, "measure": measure}
         return super().forward(
             batch=batch,
-            signal=self._signal(batch, plan=plan),
+            signal=signal,
             scales=scales,
             plan=plan,
             term_gradients=term_gradients,
             **options,
         )
 
-    def _signal(self, batch: Batch, *, plan: AlignmentPlan) -> HiddenSignal:
+    def _signal(self, batch: Batch, *, plan: AlignmentPlan, distribution: bool) -> TeacherSignal:
         student = self.student
         with torch.no_grad(), base_alone(student.model):
             outputs = student(batch=batch, taps=plan.teacher)
+        if not distribution:
+            return TapSignal(student.taps_of(outputs))
         # The head itself, not an alias: it is whole only inside of the vocabulary pass.
         head = student.head_spec.with_weights(weight_VD=student.head_weight, bias_V=student.head_bias)
         return HiddenSignal(outputs["last"], head, taps=student.taps_of(outputs))

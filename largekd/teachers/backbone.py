@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from largekd.contracts import Batch, SignalRequest, TeacherSignal
+from largekd.contracts import Batch, OwnSignal, SignalRequest, TeacherSignal
 from largekd.errors import TeacherError
 from largekd.models.taps import check_layers
 
@@ -30,8 +30,10 @@ class BackboneTeacher:
     def signals(
         self, micro_batches: Sequence[Batch], *, request: SignalRequest
     ) -> Iterator[Iterator[TeacherSignal | None]]:
-        """None for each: the student's forward makes the signal itself."""
-        yield iter([None] * len(micro_batches))
+        """The student's forward makes the signal itself, where one is asked for."""
+        asked = request.distribution is not None or bool(request.taps)
+        signal = OwnSignal(distribution=request.distribution is not None) if asked else None
+        yield iter([signal] * len(micro_batches))
 
     def after_step(self, figures: Mapping[str, Tensor]) -> None:
         """A frozen teacher does not learn."""

@@ -119,7 +119,7 @@ def test_freezing_more_does_not_make_other_groups_an_error():
 def test_a_pattern_for_what_is_frozen_already_is_an_error():
     trainable = dict.fromkeys(SHAPES, True) | {"model.embed_tokens.weight": False}
     optim = OptimConfig.model_validate({"groups": [{"name": "e", "pattern": "embed"}]})
-    with pytest.raises(ConfigError, match="'e' claims parameters that are frozen, such as 'model.embed_tokens.weight'"):
+    with pytest.raises(ConfigError, match=r"'e' claims parameters that are frozen, such as 'model\.embed_tokens"):
         check_claims(trainable, config=optim)
     assert check_claims(trainable, config=optim, more_later=True)["model.embed_tokens.weight"] == "e"
 

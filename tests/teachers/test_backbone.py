@@ -8,7 +8,9 @@ from tiny import make_rows, save_tiny_llama
 pytest.importorskip("peft")
 
 ALIGNED = jobs.OBJECTIVE | {
-    "features": [{"name": "hidden", "loss": "mse", "layers": {"map": "last", "count": 2}, "projector": {"kind": "none"}}]
+    "features": [
+        {"name": "hidden", "loss": "mse", "layers": {"map": "last", "count": 2}, "projector": {"kind": "none"}}
+    ]
 }
 ROWS = 4
 
@@ -73,3 +75,12 @@ def test_aligned_layers_see_the_base_and_the_adapters_apart(base, one_rank, two_
     torch.testing.assert_close(first["sums"], alone["sums"], rtol=1e-4, atol=1e-6)
     for name, gradient in alone["gradients"].items():
         torch.testing.assert_close(first["gradients"][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("objective", "passes"), [({"alpha": 0.0}, 1), ({"alpha": 0.5}, 2), (ALIGNED | {"alpha": 0.0}, 2)]
+)
+def test_the_base_runs_only_when_a_term_needs_it(base, one_rank, objective, passes):
+    (found,) = one_rank.run(jobs.gradients, folder=base, objective=objective)
+    assert found["passes"] == passes * ROWS
+    assert all(gradient.isfinite().all() for gradient in found["gradients"].values())
