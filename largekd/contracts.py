@@ -364,6 +364,14 @@ class TapSignal:
     taps: Taps
 
 
+@dataclass(frozen=True)
+class OwnSignal(TapSignal):
+    """Asks the student's own forward for its teacher's activations, and with `distribution` for last hidden states."""
+
+    taps: Taps = field(default_factory=Taps)
+    distribution: bool = True
+
+
 Distribution = HiddenSignal | TopKSignal | SampledSignal | MixtureSignal
 TeacherSignal = Distribution | TapSignal
 

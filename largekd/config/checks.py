@@ -1,10 +1,11 @@
 """Rules that join several keys of a run configuration."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 
 from largekd.config.design_checks import check_design
+from largekd.config.group_checks import check_groups
+from largekd.config.lora_checks import check_lora
 from largekd.config.objective_checks import check_objective
 from largekd.config.remote_checks import check_remote
 from largekd.config.rollout_checks import check_rollouts
@@ -29,6 +30,7 @@ def check_config(config: RunConfig) -> list[str]:
         *_optim(config),
         *_data(config),
         *check_rollouts(config),
+        *check_lora(config),
         *check_remote(config.teacher),
     ]
 
@@ -120,6 +122,8 @@ def _depth(config: RunConfig) -> Iterator[str]:
             yield f"student.layer_drop.rate: goes from {low:g} to {high:g}; it must be at least 0 and less than 1"
         if config.objective.router is not None:
             yield "student.layer_drop: a layer that is left out has no router to balance; remove objective.router"
+    if config.export.depth is not None and config.export.adapter:
+        yield "export.depth: an adapter fits its whole base alone; remove export.depth or export.adapter"
     if config.teacher.kind == "self_shared":
         for key, value in (
             ("student.layer_drop", config.student.layer_drop),
@@ -144,17 +148,7 @@ def _optim(config: RunConfig) -> Iterator[str]:
     optim, max_steps = config.optim, config.train.max_steps
     if max_steps is not None and optim.warmup_steps >= max_steps:
         yield f"optim.warmup_steps = {optim.warmup_steps}: must be less than train.max_steps = {max_steps}"
-    for index, beta in enumerate(optim.betas):
-        if not 0 <= beta < 1:
-            yield f"optim.betas.{index} = {beta}: must be at least 0 and less than 1"
-    for name, count in Counter(group.name for group in optim.groups).items():
-        if count > 1:
-            yield f"optim.groups: the name {name!r} is used {count} times; names must differ"
-    for index, group in enumerate(optim.groups):
-        try:
-            re.compile(group.pattern)
-        except re.error as error:
-            yield f"optim.groups.{index}.pattern = {group.pattern!r}: not a regular expression ({error})"
+    yield from check_groups(optim)
 
 
 def _data(config: RunConfig) -> Iterator[str]:

@@ -66,6 +66,12 @@ class EMATeacherConfig(Frozen):
     )
 
 
+class BackboneTeacherConfig(Frozen):
+    """The student's own frozen base, without its adapters (student.lora); it takes no memory for weights."""
+
+    kind: Literal["base"] = Field(description="Where the signal comes from.")
+
+
 class MixtureMemberConfig(Frozen):
     """One of several teachers."""
 
@@ -121,6 +127,7 @@ TeacherConfig = Annotated[
     | RemoteTeacherConfig
     | EMATeacherConfig
     | MixtureTeacherConfig
-    | SelfSharedTeacherConfig,
+    | SelfSharedTeacherConfig
+    | BackboneTeacherConfig,
     Field(discriminator="kind"),
 ]

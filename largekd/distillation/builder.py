@@ -1,6 +1,5 @@
 """The builder: the only file that knows every room."""
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,10 @@ from largekd.config.placement import Placements, offload_device, read_placements
 from largekd.config.run import RunConfig
 from largekd.contracts import Batch
 from largekd.data.loader import RowLoader
+from largekd.distillation.backbone import BackboneModel
 from largekd.distillation.cache_binding import check_teacher_data
 from largekd.distillation.data import RunData, build_data
+from largekd.distillation.groups import check_parameters, note_groups
 from largekd.distillation.layer_drop import LayerDrop, build_layer_drop, reduced_depths
 from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
@@ -42,14 +43,12 @@ from largekd.objectives.plugins import load_plugins
 from largekd.objectives.selection import TokenSelection
 from largekd.objectives.terms import Objective, build_objective
 from largekd.objectives.vocabulary import VocabularyPass
-from largekd.optim.groups import build_groups, describe_groups
+from largekd.optim.groups import build_groups
 from largekd.runtime.files import write_json
 from largekd.runtime.ranks import MainFirst, Ranks, Together
 from largekd.sharding.accelerator import device
 from largekd.sharding.shards import sharded_modules
 from largekd.teachers.protocol import Teacher
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,7 @@ def build(
         return MainFirst(ranks=ranks, group=control)
 
     sources = find_sources(config, first=first)
+    check_parameters(config, model_config=sources.student_config)
     if config.teacher.kind == "self_shared":
         check_shared(config, model_config=sources.student_config)
         objective = shared_objective(objective)
@@ -147,8 +147,7 @@ def build(
         objective, student=models.student, alignment=models.alignment, selection=selection, kind=models.kind
     )
     groups = build_groups(module.named_trainables(), config=config.optim)
-    if ranks.is_main:
-        logger.info("learning-rate groups:\n%s", describe_groups(groups))
+    note_groups(groups, config=config, folder=folder, ranks=ranks, resumed=resumed)
     return Parts(
         config=config,
         ranks=ranks,
@@ -200,7 +199,8 @@ def _build_models(
     model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
     student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
-    decoder = student if shared is not None else None if model is None else model.decoder
+    within = shared is not None or config.teacher.kind == "base"
+    decoder = student if within else None if model is None else model.decoder
     pairs = find_pairs(
         objective,
         config=config,
@@ -226,6 +226,8 @@ def _build_models(
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)
     kind = DistillModel if shared is None else SelfSharedModel
+    if config.teacher.kind == "base":
+        kind = BackboneModel
     return _Models(student, teacher, decoder, alignment, teacher_ds_configs(model), kind)
 
 

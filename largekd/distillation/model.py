@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from largekd.contracts import Batch, HiddenSignal, MixtureSignal, SampledSignal, TeacherSignal, TopKSignal
 from largekd.models.decoder import Decoder
+from largekd.models.lora import plain_name
 from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.vocabulary import VocabularyPass
 from largekd.sharding.shards import register_external
@@ -148,4 +149,4 @@ class DistillModel(nn.Module):
         """Parameters under the names that a user knows: the student's as in its Hugging Face checkpoint, those of
         alignment terms as `alignment.terms.<term>.…`."""
         for name, parameter in self.named_parameters():
-            yield name.removeprefix(_STUDENT_PREFIX), parameter
+            yield plain_name(name.removeprefix(_STUDENT_PREFIX)), parameter

@@ -22,6 +22,7 @@ from largekd.distillation.design import designed_config
 from largekd.errors import ConfigError
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
 from largekd.models.decoder import Decoder, enable_checkpointing
+from largekd.models.lora import add_lora
 from largekd.models.source import ModelFolder, find_model, read_config
 from largekd.runtime.ranks import Ranks
 from largekd.teachers.cache_format import TEACHER_FOLDER, read_manifest
@@ -182,6 +183,8 @@ def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
     else:
         assert config.student.teacher_layers is not None
         load_layers(model, folder=sources.teacher.path, rank=ranks.rank, layers=config.student.teacher_layers)
+    if config.student.lora is not None:
+        add_lora(model, config=config.student.lora, ds_config=ds_config, seed=config.train.seed)
     if config.train.activation_checkpointing:
         enable_checkpointing(model)
     return Decoder(model=model)

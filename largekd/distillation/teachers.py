@@ -7,6 +7,7 @@ from typing import Any
 from largekd.config.placement import Placements
 from largekd.config.run import RunConfig
 from largekd.config.teacher import (
+    BackboneTeacherConfig,
     CachedTeacherConfig,
     EMATeacherConfig,
     MixtureTeacherConfig,
@@ -24,6 +25,7 @@ from largekd.models.source import ModelFolder
 from largekd.runtime.ranks import Ranks
 from largekd.sharding.accelerator import device
 from largekd.teachers.average import ShardAverage
+from largekd.teachers.backbone import BackboneTeacher
 from largekd.teachers.ema import EMATeacher
 from largekd.teachers.mixture import Member, MixtureTeacher
 from largekd.teachers.online import OnlineTeacher
@@ -112,6 +114,8 @@ def serve_teacher(
                 for member, own in zip(mixture.members, model.members, strict=True)
             ]
             return MixtureTeacher(members, weighting=mixture.weighting, ranks=ranks, device=device(), taps_from=0)
+        case BackboneTeacherConfig():
+            return BackboneTeacher(student.model)
         case CachedTeacherConfig() as cached:
             return open_cached_teacher(cached, config=config, sources=sources, ranks=ranks)
         case RemoteTeacherConfig() as remote:

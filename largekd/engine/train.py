@@ -32,10 +32,7 @@ class TrainEngine:
         _import_muon_uncompiled()
         self._engine = deepspeed.initialize(
             model=module,
-            model_parameters=[
-                {"params": list(group.parameters), "name": group.name, "weight_decay": group.weight_decay}
-                for group in groups
-            ],
+            model_parameters=[_optimizer_group(group) for group in groups if not group.is_frozen],
             config=dict(ds_config),
             dist_init_required=False,
         )[0]
@@ -119,6 +116,16 @@ class TrainEngine:
     def close(self) -> None:
         """Remove the hooks and free optimizer state and buffers."""
         self._engine.destroy()
+
+
+def _optimizer_group(group: ParameterGroup) -> dict[str, Any]:
+    return {
+        "params": list(group.parameters),
+        "name": group.name,
+        "weight_decay": group.weight_decay,
+        "betas": group.betas,
+        "eps": group.eps,
+    }
 
 
 def _copy_nothing(save_dir: str) -> None:

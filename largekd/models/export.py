@@ -8,20 +8,19 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from largekd.models.build import layers_path
-from largekd.sharding.shards import gathered
+from largekd.models.lora import whole_parameters
 
 
 def stream_tensors(model: PreTrainedModel, *, layers: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter once, whole, under its Hugging Face name; tied ones under the first name.
+    """Every parameter once, whole, adapters merged, under its Hugging Face name; tied ones under the first name.
 
     layers: of the decoder's layers only these, numbered anew; None: all.
     A collective call: all ranks walk it to the end. A tensor is valid until the next one is asked for.
     """
     renamed = _renamer(model, layers=layers)
-    for name, parameter in model.named_parameters():
+    for name, whole in whole_parameters(model):
         if (kept := renamed(name)) is not None:
-            with gathered([parameter]):
-                yield kept, parameter.detach()
+            yield kept, whole
     persistent = persistent_buffers(model)
     for name, buffer in model.named_buffers():
         if name in persistent and (kept := renamed(name)) is not None:

@@ -41,7 +41,10 @@ class MemoryTerm:
 
 @dataclass(frozen=True)
 class Side:
-    """One model with its placement (empty: its weights are not in this job); `name` tells several teachers apart."""
+    """One model with its placement (empty: its weights are not in this job); `name` tells several teachers apart.
+
+    adapters: elements of its adapters, which then are all that learns.
+    """
 
     role: Literal["teacher", "student"]
     shape: ModelShape
@@ -49,6 +52,7 @@ class Side:
     world_size: int
     dtype_bytes: int
     name: str = ""
+    adapters: int = 0
 
     @property
     def has_weights(self) -> bool:
@@ -67,6 +71,10 @@ class Side:
     def shard(self, bytes_per_element: int) -> int:
         """This rank's share of all parameters."""
         return -(-self.shape.parameter_count // self.world_size) * bytes_per_element
+
+    def trained(self, bytes_per_element: int) -> int:
+        """This rank's share of what learns."""
+        return -(-(self.adapters or self.shape.parameter_count) // self.world_size) * bytes_per_element
 
     def term(self, name: str, place: Place, phase: Phase, count: int) -> MemoryTerm:
         """An entry of this model's."""
@@ -133,6 +141,8 @@ def layer_activation_bytes(shape: ModelShape, *, dtype_bytes: int) -> int:
 def _weights(side: Side) -> Iterator[MemoryTerm]:
     b, zero = side.dtype_bytes, side.zero
     yield side.term("weights, own shard", side.place("offload_param"), "always", side.shard(b))
+    adapters = -(-side.adapters // side.world_size) * b
+    yield side.term("adapters, own shard", side.place("offload_param"), "always", adapters)
     threshold = zero.stage3_param_persistence_threshold
     small = sum(tensor.numel for tensor in side.shape.tensors if tensor.numel <= threshold)
     if side.world_size > 1 or side.place("offload_param") != "accelerator":
@@ -160,11 +170,11 @@ def _optimizer(side: Side, *, mixed: bool) -> Iterator[MemoryTerm]:
     place, zero = side.place("offload_optimizer"), side.zero
     # DeepSpeed shares the master with the weights where dtype and device agree.
     if mixed or place != "accelerator" or side.place("offload_param") != "accelerator":
-        yield side.term("float32 master weights", place, "always", side.shard(_MASTER_BYTES))
-    yield side.term("Adam moments", place, "always", side.shard(_ADAM_MOMENTS * _MASTER_BYTES))
+        yield side.term("float32 master weights", place, "always", side.trained(_MASTER_BYTES))
+    yield side.term("Adam moments", place, "always", side.trained(_ADAM_MOMENTS * _MASTER_BYTES))
     resident: Place = "accelerator" if place == "accelerator" else "host"
-    yield side.term("gradients, own shard", resident, "always", side.shard(_MASTER_BYTES))
-    group = min(side.shard(1), zero.sub_group_size)
+    yield side.term("gradients, own shard", resident, "always", side.trained(_MASTER_BYTES))
+    group = min(side.trained(1), zero.sub_group_size)
     yield side.term("gradients of the group being updated", resident, "update", group * _MASTER_BYTES)
     yield side.term("gradient reduce bucket", "accelerator", "always", zero.reduce_bucket_size * side.dtype_bytes)
     if place == "nvme":
@@ -181,7 +191,8 @@ def _student_pass(side: Side, *, tokens: int, checkpointing: bool) -> Iterator[M
         ahead = shape.largest_layer + zero.stage3_prefetch_bucket_size + shape.vocab_size * shape.width
         gathered = min(shape.parameter_count, max(kept, ahead))
         yield side.term("gathered weights", "accelerator", "student", gathered * b)
-    yield side.term("weight gradients of one layer", "accelerator", "student", shape.largest_layer * b)
+    learning = -(-side.adapters // len(shape.layers)) if side.adapters else shape.largest_layer
+    yield side.term("weight gradients of one layer", "accelerator", "student", learning * b)
     layer = layer_activation_bytes(shape, dtype_bytes=b)
     depth = len(shape.layers)
     per_token = depth * shape.width * b + layer if checkpointing else depth * layer
@@ -198,7 +209,9 @@ def _vocabulary(
             head = teacher.shape.vocab_size * teacher.shape.width
             yield teacher.term("vocabulary head, gathered", "accelerator", "student", head * b)
     width = student.shape.width
-    yield student.term("vocabulary head's gradient", "accelerator", "student", student.shape.vocab_size * width * b)
+    # Adapters leave the head frozen.
+    head = 0 if student.adapters else student.shape.vocab_size * width * b
+    yield student.term("vocabulary head's gradient", "accelerator", "student", head)
     columns = max(side.shape.vocab_size for side in (*teachers, student))
     # One buffer for the student, and one for every teacher that is projected.
     buffers = 1 + len(teachers)
@@ -215,7 +228,7 @@ def _deep_supervision(objective: ObjectiveConfig, *, student: Side, tokens: int)
     if deep is None or extremes(deep.weight)[1] <= 0:
         return
     b, layers, width = student.dtype_bytes, len(deep.layers), student.shape.width
-    head = layers * student.shape.vocab_size * width * b
+    head = 0 if student.adapters else layers * student.shape.vocab_size * width * b
     yield student.term("head's gradients of supervised layers", "accelerator", "student", head)
     hidden = layers * tokens * width * (4 + 3 * b)
     yield student.term("hidden states of supervised layers", "accelerator", "student", hidden)

@@ -7,6 +7,7 @@ from largekd.config.checks import check_world
 from largekd.config.placement import read_placements
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError
+from largekd.planner.adapters import adapter_count
 from largekd.planner.alignment import alignment_terms, alignment_warnings
 from largekd.planner.design import design_student
 from largekd.planner.locate import read_model_config
@@ -54,7 +55,8 @@ def plan(config: RunConfig, *, world_size: int) -> Plan:
         _check_positions(config, key=teacher.model_key, shape=teacher.side.shape)
     student_key = "student.design" if config.student.design is not None else "student.model"
     _check_positions(config, key=student_key, shape=student)
-    student_side = Side("student", student, placements.student, world_size, dtype_bytes)
+    adapters = adapter_count(student, config=config.student.lora)
+    student_side = Side("student", student, placements.student, world_size, dtype_bytes, adapters=adapters)
     for teacher in found:
         if teacher.side.has_weights:
             _check_buffers(teacher.side, key=f"{teacher.key}.deepspeed")

@@ -19,6 +19,7 @@ from largekd.config.objective import ObjectiveConfig
 from largekd.config.placement import Placements
 from largekd.config.run import RunConfig
 from largekd.config.teacher import (
+    BackboneTeacherConfig,
     CachedTeacherConfig,
     EMATeacherConfig,
     MixtureTeacherConfig,
@@ -40,7 +41,9 @@ CACHED_MANIFEST = "manifest.json"
 _FLOAT_BYTES = 4
 _ID_BYTES = 8
 
-SingleConfig = OnlineTeacherConfig | CachedTeacherConfig | RemoteTeacherConfig | EMATeacherConfig
+SingleConfig = (
+    OnlineTeacherConfig | CachedTeacherConfig | RemoteTeacherConfig | EMATeacherConfig | BackboneTeacherConfig
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class TeacherPlan:
     def model_key(self) -> str:
         """The configuration key that names its model."""
         match self.config:
-            case EMATeacherConfig():
+            case EMATeacherConfig() | BackboneTeacherConfig():
                 return "student.model"
             case CachedTeacherConfig(model=None):
                 return f"{self.key}.path"
@@ -97,6 +100,8 @@ def kind_terms(
         match teacher.config:
             case EMATeacherConfig():
                 terms += _average(teacher.side)
+            case BackboneTeacherConfig():
+                terms += _base(teacher.side, tokens=tokens)
             case CachedTeacherConfig() as cached:
                 terms += _cached(cached, teacher.side, signal=objective.signal, tokens=tokens)
             case RemoteTeacherConfig(protocol=protocol):
@@ -112,7 +117,7 @@ def kind_terms(
 
 def _shape(entry: SingleConfig, *, config: RunConfig) -> tuple[str, ModelShape]:
     match entry:
-        case EMATeacherConfig():
+        case EMATeacherConfig() | BackboneTeacherConfig():
             # The checks of the configuration require it.
             assert config.student.model is not None
             model, revision = config.student.model, config.student.revision
@@ -133,6 +138,14 @@ def _average(side: Side) -> Iterator[MemoryTerm]:
     largest = -(-side.shape.largest_tensor // side.world_size)
     # Old value, difference, and the student's weight where it must be brought from host memory.
     yield side.term("update of one tensor's average", place, "update", 3 * _FLOAT_BYTES * largest)
+
+
+def _base(side: Side, *, tokens: int) -> Iterator[MemoryTerm]:
+    """No weights of its own: a micro-batch's last hidden states, D · b a token; its pass is smaller than the student's.
+
+    Of the vocabulary head there is one, whole for both models.
+    """
+    yield side.term("hidden states", "accelerator", "student", tokens * side.shape.width * side.dtype_bytes)
 
 
 def _remote(side: Side, *, protocol: str, signal: SignalConfig, tokens: int, accumulation: int) -> Iterator[MemoryTerm]:

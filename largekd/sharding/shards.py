@@ -47,24 +47,37 @@ def gathered(parameters: Iterable[Tensor], *, modifier_rank: int | None = None) 
 def gathering_forward(module: nn.Module) -> Iterator[None]:
     """Inside the block, forwards of `module` work without an engine: each submodule gathers its own parameters while
     it runs. Every rank must run the same forwards. For a few evaluations at build; nothing is prefetched."""
-    open_blocks: dict[nn.Module, AbstractContextManager[None]] = {}
+    open_blocks: dict[nn.Module, tuple[AbstractContextManager[None], list[nn.Parameter]]] = {}
+    held: set[int] = set()
 
     def enter(inner: nn.Module, _inputs: Any) -> None:
-        open_blocks[inner] = gathered(inner.parameters(recurse=False))
-        open_blocks[inner].__enter__()
+        # What an outer module holds is whole already, and must stay so.
+        needed = [parameter for parameter in _used_by(inner) if id(parameter) not in held]
+        held.update(map(id, needed))
+        block = gathered(needed)
+        open_blocks[inner] = (block, needed)
+        block.__enter__()
 
     def leave(inner: nn.Module, _inputs: Any, _output: Any) -> None:
-        open_blocks.pop(inner).__exit__(None, None, None)
+        block, needed = open_blocks.pop(inner)
+        held.difference_update(map(id, needed))
+        block.__exit__(None, None, None)
 
     handles = []
     for inner in module.modules():
-        if any(is_sharded(parameter) for parameter in inner.parameters(recurse=False)):
+        if any(is_sharded(parameter) for parameter in _used_by(inner)):
             handles += [inner.register_forward_pre_hook(enter), inner.register_forward_hook(leave)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _used_by(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters, and those of others that `register_external` gave it."""
+    external: dict[int, nn.Parameter] = dict(getattr(module, "ds_external_parameters", dict)())
+    return [*module.parameters(recurse=False), *external.values()]
 
 
 @contextmanager
@@ -89,6 +102,14 @@ def gathered_units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Param
     if not leaf:
         for child in module.children():
             yield from gathered_units(child)
+
+
+def shard_parameters(module: nn.Module, *, ds_config: Mapping[str, Any]) -> None:
+    """Partition those parameters of `module` that are not yet, with the values of rank 0. A collective call."""
+    import deepspeed
+
+    with _BUILD_LOCK:
+        deepspeed.zero.Init(module=module, config_dict_or_path=dict(ds_config))
 
 
 def is_sharded(parameter: Tensor) -> bool:
