@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -15,10 +16,11 @@ from largekd.config.divergence import FullSignalConfig, TopKSignalConfig
 from largekd.config.run import RunConfig
 from largekd.config.schedule import CurveConfig
 from largekd.config.teacher import CachedTeacherConfig, OnlineTeacherConfig
-from largekd.contracts import Origin, VocabularyHead
+from largekd.contracts import Origin, TapRequest, VocabularyHead
 from largekd.data.store import SampleStore
 from largekd.data.templates import load_template
 from largekd.data.vocabulary import tokenizer_fingerprint
+from largekd.distillation.layers import compared_layers
 from largekd.distillation.models import Sources
 from largekd.errors import DataError, TeacherError
 from largekd.models.build import DTYPES
@@ -40,6 +42,7 @@ from largekd.teachers.cache_format import (
     file_hash,
     read_manifest,
 )
+from largekd.teachers.cache_taps import StoredLayers, TapIdentity, check_taps
 from largekd.teachers.cached import CachedTeacher
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ def identity_of(
     return Identity(
         format=FORMAT,
         codec=cache.codec,
+        taps=None if cache.taps is None else _tap_identity(config, precision=cache.taps.precision, sources=sources),
         teacher=TeacherIdentity(
             model=teacher.model,
             weights=weights_hash(folder, ranks=ranks, group=group),
@@ -85,6 +89,30 @@ def identity_of(
     )
 
 
+def _tap_identity(config: RunConfig, *, precision: Literal["bf16", "fp32"], sources: Sources) -> TapIdentity | None:
+    """What the objective compares of the teacher. None: nothing. Errors: ConfigError for maps that are measured."""
+    found = _compared(config, sources=sources).values()
+    hidden, attention = ({layer for r in found for layer in getattr(r, kind)} for kind in ("hidden", "attention"))
+    if not hidden and not attention:
+        return None
+    return TapIdentity(precision=precision, hidden=tuple(sorted(hidden)), attention=tuple(sorted(attention)))
+
+
+def _compared(config: RunConfig, *, sources: Sources) -> dict[str, TapRequest]:
+    return compared_layers(
+        config,
+        student_depth=sources.student_config.num_hidden_layers,
+        teacher_depth=sources.teacher.config.num_hidden_layers,
+    )
+
+
+def stored_layers(config: RunConfig) -> StoredLayers | None:
+    """The teacher's layers in the cache of a run that `check_teacher_data` has passed; None: there are none."""
+    if not isinstance(config.teacher, CachedTeacherConfig):
+        return None
+    return read_manifest(Path(config.teacher.path).expanduser()).layers
+
+
 def weights_hash(folder: ModelFolder, *, ranks: Ranks, group: dist.ProcessGroup | None = None) -> str:
     """SHA-256 over names and hashes of a model's safetensors files, which the ranks share out. A collective call."""
     own: dict[str, str] = {}
@@ -97,8 +125,8 @@ def weights_hash(folder: ModelFolder, *, ranks: Ranks, group: dist.ProcessGroup 
 
 
 def check_teacher_data(config: RunConfig, *, sources: Sources, samples: Mapping[Origin, SampleStore]) -> None:
-    """Refuse a cache that was made of something else, lacks shards or holds less than the objective reads; a collective
-    call.
+    """Refuse a cache that was made of something else, lacks shards, or holds less of tokens and layers than the
+    objective reads; a collective call.
 
     It comes before any weight is loaded; what it lets pass is only opened later.
     Errors: TeacherError or DataError naming what differs.
@@ -111,6 +139,8 @@ def check_teacher_data(config: RunConfig, *, sources: Sources, samples: Mapping[
         check_binding(manifest, folder=folder, config=config, sources=sources, samples=samples)
         codec = _codec_of(manifest)
         check_objective_fits(config, codec=codec)
+        for key, request in _compared(config, sources=sources).items():
+            check_taps(request, layers=manifest.layers, key=f"{key}.layers")
         # A rank that found this out in the middle of a step would leave the others waiting.
         check_shards(folder, manifest=manifest, origins=samples, token_bytes=codec.token_bytes, ranks=ranks)
 
@@ -147,6 +177,7 @@ def open_cached_teacher(
         shared_ids=sources.shared_vocab_size,
         reads_tail=not (isinstance(signal, TopKSignalConfig) and signal.tail == "renormalise"),
         rank=ranks.rank,
+        layers=manifest.layers,
     )
 
 

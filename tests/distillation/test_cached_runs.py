@@ -161,8 +161,8 @@ REFUSED = {
     "sampled": (TOP_K, {"objective__signal": {"kind": "sampled"}}, r"objective\.signal\.kind = 'sampled'"),
     "features": (
         HIDDEN,
-        {"objective__features": [{"name": "h", "loss": "mse", "layers": {"kind": "uniform"}}]},
-        r"objective\.features",
+        {"objective__features": [{"name": "h", "loss": "mse", "layers": {"map": "uniform"}}]},
+        r"TeacherError: objective\.features\.h\.layers: .*the cache holds none",
     ),
     "data": (TOP_K, {"data__train": "eval"}, r"data\.train: these are not the samples"),
 }
