@@ -1,6 +1,8 @@
 """The plan of one backbone for two models, against the modules and what autograd keeps of them; and of rollouts."""
 
+import json
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,10 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import largekd.models.adapters as adapters
 from largekd.config.adapters import AdaptersConfig
+from largekd.config.load import parse_config
 from largekd.contracts import Batch
 from largekd.distillation.self_shared import twice
 from largekd.models.decoder import Decoder
 from largekd.models.pruning import PrunedStudent
+from largekd.planner.plan import Plan, plan
+from largekd.planner.report import plan_text
 from largekd.planner.self_shared import shared_layer_bytes, shared_shapes
 from largekd.planner.shapes import read_shape
 
@@ -84,3 +89,120 @@ def test_activations_of_both_models_are_those_that_autograd_saves(monkeypatch, m
 
     expected = shared_layer_bytes(shape_of(model_type), layer=1, config=config, dtype_bytes=dtype.itemsize)
     assert (saved(3) - saved(1)) / 2 == pytest.approx(expected, rel=0.02)
+
+
+SMALL = {
+    "model_type": "llama",
+    "hidden_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "intermediate_size": 1024,
+    "vocab_size": 32_000,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+TOKENS = 2 * 128
+
+
+def planned(tmp_path: Path, *, world_size: int = 2, **changes: Any) -> Plan:
+    """A run on a small Llama; `changes` are whole top-level blocks."""
+    (tmp_path / "model").mkdir(exist_ok=True)
+    (tmp_path / "model/config.json").write_text(json.dumps(SMALL), encoding="utf-8")
+    tree = {
+        "run": {"dir": "runs/x"},
+        "teacher": {"kind": "self_shared", "adapters": {"pattern": r"\.q_proj$", "rank": 4, "max_rank": 6}},
+        "student": {"model": str(tmp_path / "model"), "deepspeed": "ds_configs/zero3.json"},
+        "data": {"train": "t.jsonl"},
+        "train": {
+            "max_steps": 1,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "sequence_length": 128,
+            "precision": "bf16",
+        },
+    }
+    return plan(parse_config({**tree, **changes}), world_size=world_size)
+
+
+def online(tmp_path: Path) -> dict[str, Any]:
+    return {"kind": "online", "model": str(tmp_path / "model"), "deepspeed": "ds_configs/teacher_zero3.json"}
+
+
+def size(made: Plan, name: str) -> int:
+    found = [term.bytes for term in made.terms if term.name == name]
+    assert found, f"no term {name!r} among {[term.name for term in made.terms]}"
+    return sum(found)
+
+
+def test_only_adapters_have_gradients_and_optimizer_state(tmp_path: Path) -> None:
+    made = planned(tmp_path)
+    backbone, own = read_shape(SMALL).parameter_count, 4 * (4 + 6) * (512 + 512)
+    assert size(made, "weights, own shard") == 2 * (backbone + own) // 2
+    assert size(made, "Adam moments") == 8 * own // 2
+    assert size(made, "gradients, own shard") == size(made, "float32 master weights") == 4 * own // 2
+    assert size(made, "adapters' gradients of one layer") == 2 * own // 4
+    assert size(made, "two chunks of logits") == 2 * TOKENS * 32_000 * 2
+    assert size(made, "both models' hidden states' gradients") == 2 * TOKENS * 512 * 2
+    names = {term.name for term in made.terms}
+    assert "vocabulary head's gradient" not in names and not [t for t in made.terms if t.role == "teacher"]
+    assert made.teachers[0][1].parameter_count == backbone + own * 4 // 10
+    assert made.student.parameter_count == backbone + own * 6 // 10
+    assert made.peaks["accelerator"] < planned(tmp_path, teacher=online(tmp_path)).peaks["accelerator"]
+
+
+def test_checkpointing_keeps_two_inputs_of_every_layer(tmp_path: Path) -> None:
+    train = {"max_steps": 1, "global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 128, "precision": "bf16"}
+    stored = size(planned(tmp_path), "activations of both models")
+    checkpointed = planned(tmp_path, train={**train, "activation_checkpointing": True})
+    recomputed = size(checkpointed, "activations of both models, checkpointed")
+    config = AdaptersConfig(pattern=r"\.q_proj$", rank=4, max_rank=6)
+    layer = shared_layer_bytes(read_shape(SMALL), layer=0, config=config, dtype_bytes=2)
+    assert stored - recomputed == TOKENS * (3 * layer - 2 * 4 * 512 * 2)
+
+
+def test_compared_layers_are_activations_of_the_one_pass(tmp_path: Path) -> None:
+    feature = {"loss": "mse", "layers": {"map": "last", "count": 2}, "projector": {"kind": "none"}}
+    made = planned(tmp_path, objective={"features": [feature]})
+    assert size(made, "compared hidden states") == TOKENS * 2 * (2 * 512 + 2 * 512)
+    assert not [term for term in made.terms if "captured" in term.name]
+
+
+def test_the_table_is_made(tmp_path: Path) -> None:
+    planned(tmp_path)
+    recipe = {
+        "run": {"dir": "runs/x"},
+        "teacher": {"kind": "self_shared"},
+        "student": {"model": str(tmp_path / "model"), "deepspeed": "ds_configs/zero3.json"},
+        "data": {"train": "t.jsonl"},
+        "train": {"max_steps": 1, "global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 128},
+    }
+    shown = plan_text(parse_config(recipe), world_size=2)
+    assert "student: activations of both models" in shown and "peak" in shown
+
+
+@pytest.mark.parametrize("source", ["student", "teacher"])
+def test_a_writer_has_a_copy_and_its_keys_and_values(tmp_path: Path, source: str) -> None:
+    rollouts = {"source": source, "prompt_tokens": 40, "max_new_tokens": 24, "batch_size": 5, "gather": "whole"}
+    plain = planned(tmp_path, teacher=online(tmp_path))
+    made = planned(tmp_path, teacher=online(tmp_path), rollouts=rollouts)
+    added = [term for term in made.terms if term not in plain.terms]
+    assert {term.role for term in added} == {source} and {term.phase for term in added} == {"rollout"}
+    assert size(made, "writer's whole copy") == 2 * read_shape(SMALL).parameter_count
+    assert size(made, "writer's keys and values") == 5 * (40 + 24) * 4 * 2 * 4 * 64 * 2
+    assert size(made, "writer's logits of a token") == 5 * 32_000 * (2 + 4)
+    auto = planned(tmp_path, teacher=online(tmp_path), rollouts={**rollouts, "gather": "auto"})
+    assert size(auto, "writer's whole copy, if it fits") == size(made, "writer's whole copy")
+    streamed = planned(tmp_path, teacher=online(tmp_path), rollouts={**rollouts, "gather": "streamed"})
+    assert size(streamed, "writer's gathered module") == 2 * 32_000 * 512
+    off = planned(tmp_path, teacher=online(tmp_path), rollouts={**rollouts, "share": 0})
+    assert off.terms == plain.terms
+
+
+def test_a_large_writer_decides_the_peak(tmp_path: Path) -> None:
+    rollouts = {"prompt_tokens": 64, "max_new_tokens": 64, "batch_size": 4000, "gather": "whole"}
+    plain = planned(tmp_path, teacher=online(tmp_path))
+    made = planned(tmp_path, teacher=online(tmp_path), rollouts=rollouts)
+    always = sum(t.bytes for t in made.terms if t.place == "accelerator" and t.phase == "always")
+    written = sum(t.bytes for t in made.terms if t.phase == "rollout")
+    assert made.peaks["accelerator"] == always + written > plain.peaks["accelerator"]
