@@ -133,7 +133,7 @@ def _run(
             _prepare(folder, identity=identity, teacher=sources.teacher.path)
     shards = _verified(folder, identity=identity, ranks=ranks, group=control)
     model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
-    assert model is not None
+    assert model is not None and model.decoder is not None
     taps = _tap_codec(identity.taps, decoder=model.decoder)
     if taps is not None and ranks.is_main:
         logger.info("captured layers take %s bytes a position", f"{taps.position_bytes:,}")

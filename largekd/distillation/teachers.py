@@ -1,7 +1,7 @@
 """Building the teacher that `teacher.kind` names; several of them one by one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from largekd.config.placement import Placements
@@ -34,12 +34,13 @@ from largekd.teachers.protocol import Teacher
 class TeacherModel:
     """A teacher's weights in this job, before its engine: alignment looks at them while the student is built.
 
-    members: each of several teachers; the decoder and the placement are then those of the first.
+    members: of several teachers those with weights in this job, by their place; the decoder and the placement are then
+    those of the first teacher, None and empty where it has none.
     """
 
-    decoder: Decoder
+    decoder: Decoder | None
     ds_config: dict[str, Any]
-    members: tuple["TeacherModel", ...] = ()
+    members: Mapping[int, "TeacherModel"] = field(default_factory=dict)
 
 
 def build_teacher_model(
@@ -63,11 +64,13 @@ def build_teacher_model(
             ds_config = placed("teacher")
             return TeacherModel(build_average(config, sources=sources, ds_config=ds_config, ranks=ranks), ds_config)
         case MixtureTeacherConfig(members=members):
-            built = tuple(
-                online(member.teacher, folder=folder, key=member_key(index))
+            built = {
+                index: online(member.teacher, folder=folder, key=member_key(index))
                 for index, (member, folder) in enumerate(zip(members, sources.members, strict=True))
-            )
-            return TeacherModel(built[0].decoder, built[0].ds_config, built)
+                if isinstance(member.teacher, OnlineTeacherConfig)
+            }
+            leading = built.get(0, TeacherModel(None, {}))
+            return replace(leading, members=built) if built else None
     return None
 
 
@@ -83,7 +86,7 @@ def serve_teacher(
     """The teacher, ready for its first signals. A collective call. Errors: LargeKDError."""
 
     def online(own: TeacherModel | None, *, gather_head: str) -> OnlineTeacher:
-        assert own is not None
+        assert own is not None and own.decoder is not None
         return OnlineTeacher(
             engine=FrozenEngine(module=own.decoder, ds_config=own.ds_config),
             decoder=own.decoder,
@@ -97,23 +100,34 @@ def serve_teacher(
         case OnlineTeacherConfig(gather_head=gather_head):
             return online(model, gather_head=gather_head)
         case EMATeacherConfig() as ema:
-            assert model is not None
+            assert model is not None and model.decoder is not None
             average = ShardAverage(source=student.model, target=model.decoder.model, decay=ema.decay, warmup=ema.warmup)
             teacher = online(model, gather_head=ema.gather_head)
             return EMATeacher(online=teacher, average=average, model=model.decoder.model, ranks=ranks)
         case MixtureTeacherConfig() as mixture:
-            assert model is not None
-            members = [
-                Member(
-                    name=member.name,
-                    weight=member.weight,
-                    teacher=online(own, gather_head=member.teacher.gather_head),
+            built = {} if model is None else model.members
+
+            def one(teacher: OnlineTeacherConfig | CachedTeacherConfig, *, index: int) -> Teacher:
+                if isinstance(teacher, OnlineTeacherConfig):
+                    return online(built[index], gather_head=teacher.gather_head)
+                return open_cached_teacher(
+                    teacher,
+                    model=sources.members[index],
+                    config=config,
+                    shared_ids=sources.shared_vocab_size,
+                    ranks=ranks,
+                    key=member_key(index),
                 )
-                for member, own in zip(mixture.members, model.members, strict=True)
+
+            members = [
+                Member(name=member.name, weight=member.weight, teacher=one(member.teacher, index=index))
+                for index, member in enumerate(mixture.members)
             ]
             return MixtureTeacher(members, weighting=mixture.weighting, ranks=ranks, device=device(), taps_from=0)
         case CachedTeacherConfig() as cached:
-            return open_cached_teacher(cached, config=config, sources=sources, ranks=ranks)
+            return open_cached_teacher(
+                cached, model=sources.teacher, config=config, shared_ids=sources.shared_vocab_size, ranks=ranks
+            )
         case RemoteTeacherConfig() as remote:
             return build_remote(remote, config=config, sources=sources, ranks=ranks, around=around or Surroundings())
     raise ConfigError(f"teacher.kind = {config.teacher.kind!r}: has no teacher of its own.")
@@ -125,4 +139,4 @@ def teacher_ds_configs(model: TeacherModel | None) -> Mapping[str, Any]:
         return {}
     if not model.members:
         return {"teacher": model.ds_config}
-    return {member_key(index): member.ds_config for index, member in enumerate(model.members)}
+    return {member_key(index): member.ds_config for index, member in model.members.items()}

@@ -102,7 +102,8 @@ def kind_terms(
                 terms += _average(teacher.side)
             case CachedTeacherConfig() as cached:
                 terms += _cached(cached, teacher.side, signal=objective.signal, tokens=tokens)
-                terms += _cached_layers(cached, teacher.side, objective=objective, student=student, tokens=tokens)
+                if len(teachers) == 1:
+                    terms += _cached_layers(cached, teacher.side, objective=objective, student=student, tokens=tokens)
             case RemoteTeacherConfig(protocol=protocol):
                 terms += _remote(
                     teacher.side,
