@@ -143,7 +143,7 @@ def check_teacher_data(config: RunConfig, *, sources: Sources, samples: Mapping[
         for cache in caches:
             manifest = read_manifest(cache.folder, key=f"{cache.key}.path")
             check_binding(manifest, cache=cache, config=config, sources=sources, samples=samples)
-            codec = _codec_of(manifest)
+            codec = codec_of(manifest.identity)
             if cache.is_member:
                 _check_member(codec, key=cache.key)
             check_objective_fits(config, codec=codec)
@@ -216,7 +216,7 @@ def open_cached_teacher(
     signal = config.objective.signal
     return CachedTeacher(
         reader=CacheReader(folder, manifest=manifest, pin=not on_cpu()),
-        codec=_codec_of(manifest),
+        codec=codec_of(manifest.identity),
         head=head,
         shared_ids=shared_ids,
         reads_tail=not (isinstance(signal, TopKSignalConfig) and signal.tail == "renormalise"),
@@ -225,10 +225,11 @@ def open_cached_teacher(
     )
 
 
-def _codec_of(manifest: Manifest) -> AnyCodec:
-    teacher = manifest.identity.teacher
+def codec_of(identity: Identity) -> AnyCodec:
+    """How this cache's tokens become bytes."""
+    teacher = identity.teacher
     return build_codec(
-        manifest.identity.codec, vocab_size=teacher.vocab_size, width=teacher.width, dtype=DTYPES[teacher.precision]
+        identity.codec, vocab_size=teacher.vocab_size, width=teacher.width, dtype=DTYPES[teacher.precision]
     )
 
 

@@ -19,14 +19,13 @@ from largekd.config.render import render_config
 from largekd.config.run import RunConfig
 from largekd.config.teacher import OnlineTeacherConfig
 from largekd.contracts import Origin, TapRequest
-from largekd.distillation.cache_binding import differences, identity_of
+from largekd.distillation.cache_binding import codec_of, differences, identity_of
 from largekd.distillation.cache_writer import ShardWriter
 from largekd.distillation.data import build_data
 from largekd.distillation.models import find_sources
 from largekd.distillation.teachers import build_teacher_model
 from largekd.engine.frozen import FrozenEngine
 from largekd.errors import ConfigError, LargeKDError, TeacherError
-from largekd.models.build import DTYPES
 from largekd.models.decoder import Decoder
 from largekd.models.taps import attention_shape, check_layers, hidden_width
 from largekd.runtime.faults import fault_point
@@ -46,7 +45,6 @@ from largekd.runtime.ranks import (
 )
 from largekd.runtime.shutdown import StopSignal
 from largekd.sharding.cluster import process_group
-from largekd.teachers.cache_codec import build_codec
 from largekd.teachers.cache_format import (
     JOB_FILE,
     MANIFEST_FILE,
@@ -146,12 +144,7 @@ def _run(
             identity=identity,
             engine=engine,
             decoder=model.decoder,
-            codec=build_codec(
-                identity.codec,
-                vocab_size=identity.teacher.vocab_size,
-                width=identity.teacher.width,
-                dtype=DTYPES[identity.teacher.precision],
-            ),
+            codec=codec_of(identity),
             taps=taps,
             ranks=ranks,
         )

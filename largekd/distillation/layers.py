@@ -89,12 +89,20 @@ def find_pairs(
             )
         check_sample_pairs(entry.sample_pairs, pairs=found, key=key)
         for side, model in (("student", student), ("teacher", teacher)):
-            request, where = _asked(entry, pairs=found, side=side), f"{key}.layers ({side})"
-            if isinstance(model, StoredLayers):
-                model.check(request, key=where)
-            else:
-                check_layers(request, model=model.model, key=where)
+            _check(_asked(entry, pairs=found, side=side), model=model, key=f"{key}.layers ({side})")
         pairs[entry.name] = found
+    _write(pairs, folder=folder, ranks=ranks)
+    return pairs
+
+
+def _check(request: TapRequest, *, model: Decoder | StoredLayers, key: str) -> None:
+    if isinstance(model, StoredLayers):
+        model.check(request, key=key)
+    else:
+        check_layers(request, model=model.model, key=key)
+
+
+def _write(pairs: Mapping[str, tuple[LayerPair, ...]], *, folder: Path, ranks: Ranks) -> None:
     with Together():
         if ranks.is_main and pairs:
             write_json(folder / LAYERS_FILE, value={name: [list(p) for p in found] for name, found in pairs.items()})
@@ -102,7 +110,6 @@ def find_pairs(
                 logger.info(
                     "%s: student layers with their teacher layers %s", name, ", ".join(f"{s}-{t}" for s, t in found)
                 )
-    return pairs
 
 
 def compared_layers(config: RunConfig, *, student_depth: int, teacher_depth: int) -> dict[str, TapRequest]:

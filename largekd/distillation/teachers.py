@@ -96,6 +96,10 @@ def serve_teacher(
             rank=ranks.rank,
         )
 
+    def cached(teacher: CachedTeacherConfig, *, folder: ModelFolder, key: str) -> Teacher:
+        shared = sources.shared_vocab_size
+        return open_cached_teacher(teacher, model=folder, config=config, shared_ids=shared, ranks=ranks, key=key)
+
     match config.teacher:
         case OnlineTeacherConfig(gather_head=gather_head):
             return online(model, gather_head=gather_head)
@@ -106,28 +110,19 @@ def serve_teacher(
             return EMATeacher(online=teacher, average=average, model=model.decoder.model, ranks=ranks)
         case MixtureTeacherConfig() as mixture:
             built = {} if model is None else model.members
-
-            def one(teacher: OnlineTeacherConfig | CachedTeacherConfig, *, index: int) -> Teacher:
-                if isinstance(teacher, OnlineTeacherConfig):
-                    return online(built[index], gather_head=teacher.gather_head)
-                return open_cached_teacher(
-                    teacher,
-                    model=sources.members[index],
-                    config=config,
-                    shared_ids=sources.shared_vocab_size,
-                    ranks=ranks,
-                    key=member_key(index),
-                )
-
             members = [
-                Member(name=member.name, weight=member.weight, teacher=one(member.teacher, index=index))
+                Member(
+                    name=member.name,
+                    weight=member.weight,
+                    teacher=online(built[index], gather_head=member.teacher.gather_head)
+                    if isinstance(member.teacher, OnlineTeacherConfig)
+                    else cached(member.teacher, folder=sources.members[index], key=member_key(index)),
+                )
                 for index, member in enumerate(mixture.members)
             ]
             return MixtureTeacher(members, weighting=mixture.weighting, ranks=ranks, device=device(), taps_from=0)
-        case CachedTeacherConfig() as cached:
-            return open_cached_teacher(
-                cached, model=sources.teacher, config=config, shared_ids=sources.shared_vocab_size, ranks=ranks
-            )
+        case CachedTeacherConfig() as stored:
+            return cached(stored, folder=sources.teacher, key="teacher")
         case RemoteTeacherConfig() as remote:
             return build_remote(remote, config=config, sources=sources, ranks=ranks, around=around or Surroundings())
     raise ConfigError(f"teacher.kind = {config.teacher.kind!r}: has no teacher of its own.")

@@ -104,9 +104,10 @@ def shared_terms(config: RunConfig, *, student: Side, shapes: SharedShapes) -> t
 def shared_layer_bytes(shape: ModelShape, *, layer: int, config: AdaptersConfig, dtype_bytes: int) -> int:
     """Bytes per token that autograd keeps of one layer for both models, without checkpointing.
 
-    Twice (4b)I + (2b)(Q + K) + norms 4D, and 4(Q + K) where queries and keys are normalised; what adapters read, b of
-    it: D before attention and before the MLP where one is there, for both models; Q and I for the student alone, whose
-    units are masked; and 2·b·R. Frozen matrices and norms keep no copy of their inputs.
+    Twice (5b)I + b(3Q + 2K) + norms 4D + (2b)D, and 4(Q + K) where queries and keys are normalised. DeepSpeed's linear
+    function keeps its input also where the matrix is frozen, and the inputs with masked units, I and Q wide, are copies
+    of what is kept already. Adapters keep 2·b·R, and where such an input has one, the student's half of it once more.
+    Frozen norms keep no copy of their inputs.
     """
     b, widths = dtype_bytes, _widths(shape)
     adapters = [adapter for adapter in find_adapters(shape, config=config) if adapter.layer == layer]
@@ -115,11 +116,11 @@ def shared_layer_bytes(shape: ModelShape, *, layer: int, config: AdaptersConfig,
     width_norms = len(norm_sizes) - (2 if shape.qk_norm else 0)
     heads = shape.heads + ((shape.heads + shape.kv_heads) if shape.qk_norm else 0)
     of_each = (
-        4 * b * widths["mlp"]
-        + 2 * b * (widths["query"] + widths["key"])
+        5 * b * widths["mlp"]
+        + b * (3 * widths["query"] + 2 * widths["key"])
         + _FLOAT_BYTES * (width_norms * (shape.width + 1) + heads)
         + (_FLOAT_BYTES * (widths["query"] + widths["key"]) if shape.qk_norm else 0)
-        + b * shape.width * (bool(names & {"q_proj", "k_proj", "v_proj"}) + bool(names & {"gate_proj", "up_proj"}))
+        + 2 * b * shape.width
     )
     masked = b * (("o_proj" in names) * widths["query"] + ("down_proj" in names) * widths["mlp"])
     return 2 * of_each + masked + 2 * b * len(adapters) * (config.largest_rank + config.rank)
