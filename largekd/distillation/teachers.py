@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from largekd.config.placement import Placements
@@ -9,6 +10,7 @@ from largekd.config.run import RunConfig
 from largekd.config.teacher import (
     CachedTeacherConfig,
     EMATeacherConfig,
+    MixtureMemberConfig,
     MixtureTeacherConfig,
     OnlineTeacherConfig,
     RemoteTeacherConfig,
@@ -85,20 +87,19 @@ def serve_teacher(
 ) -> Teacher:
     """The teacher, ready for its first signals. A collective call. Errors: LargeKDError."""
 
-    def online(own: TeacherModel | None, *, gather_head: str) -> OnlineTeacher:
-        assert own is not None and own.decoder is not None
-        return OnlineTeacher(
-            engine=FrozenEngine(module=own.decoder, ds_config=own.ds_config),
-            decoder=own.decoder,
-            gather_head_once=gather_head == "step",
-            shared_ids=sources.shared_vocab_size,
-            student_of_W=None if sources.student_of_teacher is None else sources.student_of_teacher.to(device()),
-            rank=ranks.rank,
-        )
+    online = partial(_online, sources=sources, ranks=ranks)
 
     def cached(teacher: CachedTeacherConfig, *, folder: ModelFolder, key: str) -> Teacher:
         shared = sources.shared_vocab_size
         return open_cached_teacher(teacher, model=folder, config=config, shared_ids=shared, ranks=ranks, key=key)
+
+    def member(index: int, *, entry: MixtureMemberConfig) -> Member:
+        if isinstance(entry.teacher, CachedTeacherConfig):
+            teacher = cached(entry.teacher, folder=sources.members[index], key=member_key(index))
+        else:
+            assert model is not None
+            teacher = online(model.members[index], gather_head=entry.teacher.gather_head)
+        return Member(name=entry.name, weight=entry.weight, teacher=teacher)
 
     match config.teacher:
         case OnlineTeacherConfig(gather_head=gather_head):
@@ -109,23 +110,25 @@ def serve_teacher(
             teacher = online(model, gather_head=ema.gather_head)
             return EMATeacher(online=teacher, average=average, model=model.decoder.model, ranks=ranks)
         case MixtureTeacherConfig() as mixture:
-            built = {} if model is None else model.members
-            members = [
-                Member(
-                    name=member.name,
-                    weight=member.weight,
-                    teacher=online(built[index], gather_head=member.teacher.gather_head)
-                    if isinstance(member.teacher, OnlineTeacherConfig)
-                    else cached(member.teacher, folder=sources.members[index], key=member_key(index)),
-                )
-                for index, member in enumerate(mixture.members)
-            ]
+            members = [member(index, entry=entry) for index, entry in enumerate(mixture.members)]
             return MixtureTeacher(members, weighting=mixture.weighting, ranks=ranks, device=device(), taps_from=0)
         case CachedTeacherConfig() as stored:
             return cached(stored, folder=sources.teacher, key="teacher")
         case RemoteTeacherConfig() as remote:
             return build_remote(remote, config=config, sources=sources, ranks=ranks, around=around or Surroundings())
     raise ConfigError(f"teacher.kind = {config.teacher.kind!r}: has no teacher of its own.")
+
+
+def _online(own: TeacherModel | None, *, gather_head: str, sources: Sources, ranks: Ranks) -> OnlineTeacher:
+    assert own is not None and own.decoder is not None
+    return OnlineTeacher(
+        engine=FrozenEngine(module=own.decoder, ds_config=own.ds_config),
+        decoder=own.decoder,
+        gather_head_once=gather_head == "step",
+        shared_ids=sources.shared_vocab_size,
+        student_of_W=None if sources.student_of_teacher is None else sources.student_of_teacher.to(device()),
+        rank=ranks.rank,
+    )
 
 
 def teacher_ds_configs(model: TeacherModel | None) -> Mapping[str, Any]:
