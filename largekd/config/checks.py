@@ -11,7 +11,7 @@ from largekd.config.remote_checks import check_remote
 from largekd.config.rollout_checks import check_rollouts
 from largekd.config.run import RunConfig
 from largekd.config.schedule import extremes
-from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig
+from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig, MixtureTeacherConfig
 from largekd.config.teacher_checks import check_mixture
 from largekd.errors import ConfigError
 
@@ -66,9 +66,11 @@ def _student(config: RunConfig) -> Iterator[str]:
             "student.model: set it, or student.config, student.teacher_layers or student.design, otherwise there is "
             "no student"
         )
-    teacher = config.teacher
+    teacher, key = (config.teacher, "teacher")
+    if isinstance(teacher, MixtureTeacherConfig):
+        teacher, key = teacher.members[0].teacher, "teacher.members.0.teacher"
     if isinstance(teacher, CachedTeacherConfig) and teacher.model is None and student.teacher_layers is not None:
-        yield "student.teacher_layers: a cache has no layers; set teacher.model to the teacher that was cached"
+        yield f"student.teacher_layers: a cache has no weights; set {key}.model to the teacher that was cached"
     if student.layers is not None and student.model is None:
         yield "student.layers: it names layers of student.model; set that, or student.teacher_layers"
     for key, layers in (("student.teacher_layers", student.teacher_layers), ("student.layers", student.layers)):

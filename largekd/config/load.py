@@ -53,10 +53,14 @@ def _parse(mapping: Mapping[str, Any], *, source: str) -> RunConfig:
 
 
 def _with_kind(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A teacher without a kind is an online one: a union of records is told apart by what is written."""
+    """A teacher without a kind is an online one, also among several: a union of records is told apart by what is
+    written."""
     teacher = mapping.get("teacher")
     if not isinstance(teacher, Mapping):
         return mapping
+    members = teacher.get("members")
+    if isinstance(members, Sequence) and not isinstance(members, str):
+        teacher = {**teacher, "members": [_with_kind(m) if isinstance(m, Mapping) else m for m in members]}
     return {**mapping, "teacher": {"kind": "online", **teacher}}
 
 

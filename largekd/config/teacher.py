@@ -77,7 +77,9 @@ class MixtureMemberConfig(Frozen):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="What it is called in logs and in data.")
     weight: float = Field(1.0, ge=0, description="Its share; all shares are divided by their sum.")
-    teacher: OnlineTeacherConfig = Field(description="The teacher itself, a model that runs beside the student.")
+    teacher: Annotated[OnlineTeacherConfig | CachedTeacherConfig, Field(discriminator="kind")] = Field(
+        description="The teacher itself: a model that runs beside the student, or a cache of hidden states."
+    )
 
 
 class FixedWeightsConfig(Frozen):

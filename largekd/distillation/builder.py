@@ -15,7 +15,7 @@ from largekd.config.run import RunConfig
 from largekd.contracts import Batch
 from largekd.data.loader import RowLoader
 from largekd.distillation.backbone import BackboneModel
-from largekd.distillation.cache_binding import check_teacher_data
+from largekd.distillation.cache_binding import check_teacher_data, stored_layers
 from largekd.distillation.data import RunData, build_data
 from largekd.distillation.groups import check_parameters, note_groups
 from largekd.distillation.layer_drop import LayerDrop, build_layer_drop, reduced_depths
@@ -48,6 +48,7 @@ from largekd.runtime.files import write_json
 from largekd.runtime.ranks import MainFirst, Ranks, Together
 from largekd.sharding.accelerator import device
 from largekd.sharding.shards import sharded_modules
+from largekd.teachers.cache_taps import StoredLayers
 from largekd.teachers.protocol import Teacher
 
 
@@ -201,18 +202,19 @@ def _build_models(
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
     within = shared is not None or config.teacher.kind == "base"
     decoder = student if within else None if model is None else model.decoder
+    compared = stored_layers(config) if decoder is None else decoder
     pairs = find_pairs(
         objective,
         config=config,
         student=student,
-        teacher=decoder,
+        teacher=compared,
         rows=data.first_rows,
         folder=folder,
         ranks=ranks,
         resumed=resumed,
     )
     alignment = _build_alignment(
-        objective, pairs=pairs, student=student, teacher=decoder, ds_config=trained, seed=config.train.seed
+        objective, pairs=pairs, student=student, teacher=compared, ds_config=trained, seed=config.train.seed
     )
     teacher: Teacher
     if shared is None:
@@ -257,7 +259,7 @@ def _build_alignment(
     *,
     pairs: Mapping[str, tuple[LayerPair, ...]],
     student: Decoder,
-    teacher: Decoder | None,
+    teacher: Decoder | StoredLayers | None,
     ds_config: Mapping[str, Any],
     seed: int,
 ) -> Alignment | None:
@@ -265,8 +267,8 @@ def _build_alignment(
         return None
     assert teacher is not None
     shapes = {
-        side: decoder_shape(decoder, side=side, pairs=pairs, objective=objective)
-        for side, decoder in (("student", student), ("teacher", teacher))
+        side: decoder_shape(model, side=side, pairs=pairs, objective=objective)
+        for side, model in (("student", student), ("teacher", teacher))
     }
     with sharded_modules(ds_config, seed=seed):
         return Alignment(objective, pairs=pairs, **shapes)

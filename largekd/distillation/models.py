@@ -66,7 +66,7 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     members: tuple[ModelFolder, ...] = ()
     if isinstance(config.teacher, MixtureTeacherConfig):
         members = tuple(
-            _find(member.teacher.model, config=member.teacher, key=_member_model_key(index), first=first)
+            _find_one(member.teacher, key=member_key(index), first=first)[0]
             for index, member in enumerate(config.teacher.members)
         )
         teacher, teacher_key = members[0], _member_model_key(0)
@@ -212,20 +212,24 @@ def _find_teacher(config: RunConfig, *, student: ModelFolder | None, first: Firs
     names this place."""
     teacher, key = config.teacher, "teacher.model"
     match teacher:
-        case OnlineTeacherConfig():
-            return _find(teacher.model, config=teacher, key=key, first=first), key
+        case OnlineTeacherConfig() | CachedTeacherConfig():
+            return _find_one(teacher, key="teacher", first=first)
         case RemoteTeacherConfig():
             # Only a student that is made of the teacher's layers reads its weights.
             weights = config.student.teacher_layers is not None
             return _find(teacher.model, config=teacher, key=key, first=first, weights=weights), key
-        case CachedTeacherConfig(model=str() as model):
-            return _find(model, config=teacher, key=key, first=first), key
-        case CachedTeacherConfig():
-            folder, key = Path(teacher.path).expanduser(), "teacher.path"
-            read_manifest(folder)
-            return _find(str(folder / TEACHER_FOLDER), config=teacher, key=key, first=first), key
     assert student is not None
     return student, "student.model"
+
+
+def _find_one(teacher: OnlineTeacherConfig | CachedTeacherConfig, *, key: str, first: First) -> tuple[ModelFolder, str]:
+    """The model of a teacher that stands at `key` in the configuration, and the key that names its place."""
+    if teacher.model is not None:
+        return _find(teacher.model, config=teacher, key=f"{key}.model", first=first), f"{key}.model"
+    assert isinstance(teacher, CachedTeacherConfig)
+    folder, key = Path(teacher.path).expanduser(), f"{key}.path"
+    read_manifest(folder, key=key)
+    return _find(str(folder / TEACHER_FOLDER), config=teacher, key=key, first=first), key
 
 
 def _find(name: str, *, config: Any, key: str, first: First, weights: bool = True) -> ModelFolder:

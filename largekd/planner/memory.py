@@ -6,7 +6,7 @@ width, I width of the MLP, V vocabulary, T tokens of a micro-batch on one rank.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.placement import offload_device
@@ -16,7 +16,7 @@ from largekd.config.schedule import extremes
 from largekd.planner.shapes import ModelShape
 
 Place = Literal["accelerator", "host", "nvme"]
-Phase = Literal["always", "teacher", "student", "update"]
+Phase = Literal["always", "rollout", "teacher", "student", "update"]
 Role = Literal["teacher", "student", "process"]
 
 PLACES: tuple[Place, ...] = ("accelerator", "host", "nvme")
@@ -30,7 +30,7 @@ _PROCESS_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """One entry of the plan. `phase` says when it exists: `always`, or in one of three parts of a step."""
+    """One entry of the plan. `phase` says when it exists: `always`, before a step, or in one of three parts of it."""
 
     role: Role
     name: str
@@ -89,15 +89,15 @@ def memory_terms(
     return tuple(
         term
         for term in (
-            MemoryTerm("process", "interpreter and libraries", "host", "always", _PROCESS_BYTES),
+            process(),
             *(
                 term
                 for teacher in teachers
                 if teacher.has_weights
-                for term in (*_weights(teacher), *_teacher_forward(teacher, tokens=tokens, accumulation=accumulation))
+                for term in (*weights(teacher), *_teacher_forward(teacher, tokens=tokens, accumulation=accumulation))
             ),
-            *_weights(student),
-            *_optimizer(student, mixed=config.train.precision != "fp32"),
+            *weights(student),
+            *optimizer(student, mixed=config.train.precision != "fp32"),
             *_student_pass(student, tokens=tokens, checkpointing=config.train.activation_checkpointing),
             *_vocabulary(config.objective, teachers=teachers, student=student, tokens=tokens),
             *_deep_supervision(config.objective, student=student, tokens=tokens),
@@ -109,10 +109,13 @@ def memory_terms(
 def peak_bytes(terms: tuple[MemoryTerm, ...], *, place: Place) -> int:
     """What exists always, plus the largest phase of a step."""
     here = [term for term in terms if term.place == place]
-    phases = {
-        phase: sum(term.bytes for term in here if term.phase == phase) for phase in ("teacher", "student", "update")
-    }
-    return sum(term.bytes for term in here if term.phase == "always") + max(phases.values())
+    totals = {phase: sum(term.bytes for term in here if term.phase == phase) for phase in get_args(Phase)}
+    return totals.pop("always") + max(totals.values())
+
+
+def process() -> MemoryTerm:
+    """What a rank's process is before it does anything."""
+    return MemoryTerm("process", "interpreter and libraries", "host", "always", _PROCESS_BYTES)
 
 
 def layer_activation_bytes(shape: ModelShape, *, dtype_bytes: int) -> int:
@@ -138,7 +141,8 @@ def layer_activation_bytes(shape: ModelShape, *, dtype_bytes: int) -> int:
     )
 
 
-def _weights(side: Side) -> Iterator[MemoryTerm]:
+def weights(side: Side) -> Iterator[MemoryTerm]:
+    """A model's parameters between its forwards."""
     b, zero = side.dtype_bytes, side.zero
     yield side.term("weights, own shard", side.place("offload_param"), "always", side.shard(b))
     adapters = -(-side.adapters // side.world_size) * b
@@ -166,7 +170,8 @@ def _teacher_forward(side: Side, *, tokens: int, accumulation: int) -> Iterator[
     yield side.term("hidden states of the whole step", "accelerator", "student", hidden)
 
 
-def _optimizer(side: Side, *, mixed: bool) -> Iterator[MemoryTerm]:
+def optimizer(side: Side, *, mixed: bool) -> Iterator[MemoryTerm]:
+    """Gradients and optimizer state of a model's parameters."""
     place, zero = side.place("offload_optimizer"), side.zero
     # DeepSpeed shares the master with the weights where dtype and device agree.
     if mixed or place != "accelerator" or side.place("offload_param") != "accelerator":
@@ -182,7 +187,8 @@ def _optimizer(side: Side, *, mixed: bool) -> Iterator[MemoryTerm]:
         yield side.term("NVMe optimizer buffers", "host", "always", count * group * _MASTER_BYTES)
 
 
-def _student_pass(side: Side, *, tokens: int, checkpointing: bool) -> Iterator[MemoryTerm]:
+def gathered_weights(side: Side) -> Iterator[MemoryTerm]:
+    """The student's weights that are whole at one time of its pass."""
     b, shape, zero = side.dtype_bytes, side.shape, side.zero
     if _is_gathered(side):
         # A weight stays gathered while its next use (its layer's backward pass) is near enough: half of the distance
@@ -191,6 +197,11 @@ def _student_pass(side: Side, *, tokens: int, checkpointing: bool) -> Iterator[M
         ahead = shape.largest_layer + zero.stage3_prefetch_bucket_size + shape.vocab_size * shape.width
         gathered = min(shape.parameter_count, max(kept, ahead))
         yield side.term("gathered weights", "accelerator", "student", gathered * b)
+
+
+def _student_pass(side: Side, *, tokens: int, checkpointing: bool) -> Iterator[MemoryTerm]:
+    b, shape = side.dtype_bytes, side.shape
+    yield from gathered_weights(side)
     learning = -(-side.adapters // len(shape.layers)) if side.adapters else shape.largest_layer
     yield side.term("weight gradients of one layer", "accelerator", "student", learning * b)
     layer = layer_activation_bytes(shape, dtype_bytes=b)
@@ -212,13 +223,20 @@ def _vocabulary(
     # Adapters leave the head frozen.
     head = 0 if student.adapters else student.shape.vocab_size * width * b
     yield student.term("vocabulary head's gradient", "accelerator", "student", head)
+    yield from logit_chunks(objective, teachers=teachers, student=student, tokens=tokens)
+    yield student.term("hidden states' gradient", "accelerator", "student", tokens * width * b)
+
+
+def logit_chunks(
+    objective: ObjectiveConfig, *, teachers: Sequence[Side], student: Side, tokens: int
+) -> Iterator[MemoryTerm]:
+    """The buffers of the vocabulary pass."""
     columns = max(side.shape.vocab_size for side in (*teachers, student))
     # One buffer for the student, and one for every teacher that is projected.
     buffers = 1 + len(teachers)
     name = "two chunks of logits" if buffers == 2 else f"{buffers} chunks of logits"
     chunk = min(objective.chunk_tokens, tokens)
-    yield student.term(name, "accelerator", "student", buffers * chunk * columns * b)
-    yield student.term("hidden states' gradient", "accelerator", "student", tokens * width * b)
+    yield student.term(name, "accelerator", "student", buffers * chunk * columns * student.dtype_bytes)
 
 
 def _deep_supervision(objective: ObjectiveConfig, *, student: Side, tokens: int) -> Iterator[MemoryTerm]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from largekd.planner.errors import PlanUnavailableError
 
-Part = Literal["embedding", "attention", "mlp", "router", "experts", "norm", "head"]
+Part = Literal["embedding", "attention", "mlp", "router", "experts", "norm", "head", "adapter"]
 
 
 @dataclass(frozen=True)
