@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from largekd.config.objective_checks import check_objective
 from largekd.config.remote_checks import check_remote
 from largekd.config.rollout_checks import check_rollouts
+from largekd.config.router_checks import check_router
 from largekd.config.run import RunConfig
 from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig
 from largekd.config.teacher_checks import check_mixture
@@ -22,6 +23,7 @@ def check_config(config: RunConfig) -> list[str]:
         *_average(config),
         *_self_shared(config),
         *_objective(config),
+        *check_router(config),
         *_optim(config),
         *_data(config),
         *check_rollouts(config),

@@ -23,6 +23,7 @@ from largekd.distillation.models import Sources, build_student, find_sources
 from largekd.distillation.numerics import GradientWatch
 from largekd.distillation.remote import Surroundings
 from largekd.distillation.rollouts import build_rollouts
+from largekd.distillation.router import build_router
 from largekd.distillation.self_shared import (
     SelfSharedModel,
     check_shared,
@@ -38,6 +39,8 @@ from largekd.models.decoder import Decoder
 from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.layer_maps import LayerPair
 from largekd.objectives.plugins import load_plugins
+from largekd.objectives.router import RouterTerms
+from largekd.objectives.router_loads import RouterLoads
 from largekd.objectives.selection import TokenSelection
 from largekd.objectives.terms import Objective, build_objective
 from largekd.objectives.vocabulary import VocabularyPass
@@ -70,6 +73,8 @@ class Parts:
     evaluation_batches: Callable[[], Iterator[Batch]] | None
     resumable: bool
     rollouts: Rollouts | None = None
+    router: RouterTerms | None = None
+    router_loads: RouterLoads | None = None
 
     def close(self) -> None:
         """Take both engines down."""
@@ -140,7 +145,12 @@ def build(
     chosen = config.objective.selection
     selection = None if chosen is None else TokenSelection(chosen, device=device())
     module = build_distill_model(
-        objective, student=models.student, alignment=models.alignment, selection=selection, kind=models.kind
+        objective,
+        student=models.student,
+        alignment=models.alignment,
+        selection=selection,
+        kind=models.kind,
+        router=models.router,
     )
     groups = build_groups(module.named_trainables(), config=config.optim)
     if ranks.is_main:
@@ -162,6 +172,8 @@ def build(
         # Restored by DeepSpeed without learning rate and moments, and without an error.
         resumable=offload_device(placements.student, "offload_optimizer") != "nvme",
         rollouts=rollouts,
+        router=models.router,
+        router_loads=None if models.router is None else RouterLoads(models.router, device=device()),
     )
 
 
@@ -175,6 +187,7 @@ class _Models:
     alignment: Alignment | None
     teacher_ds_configs: Mapping[str, Any]
     kind: type[DistillModel]
+    router: RouterTerms | None = None
 
 
 def _build_models(
@@ -215,11 +228,19 @@ def _build_models(
         teacher = serve_shared(
             config, student=shared, objective=objective, alignment=alignment, total_steps=steps, ranks=ranks
         )
+    router = build_router(
+        objective,
+        student=student,
+        teacher=decoder,
+        teacher_kind=config.teacher.kind,
+        kept=config.student.teacher_layers,
+    )
     plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
+    plan = plan if router is None else router.extend(plan)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)
     kind = DistillModel if shared is None else SelfSharedModel
-    return _Models(student, teacher, decoder, alignment, teacher_ds_configs(model), kind)
+    return _Models(student, teacher, decoder, alignment, teacher_ds_configs(model), kind, router)
 
 
 def build_distill_model(
@@ -229,6 +250,7 @@ def build_distill_model(
     alignment: Alignment | None = None,
     selection: TokenSelection | None = None,
     kind: type[DistillModel] = DistillModel,
+    router: RouterTerms | None = None,
 ) -> DistillModel:
     """The trainable module of an objective. Errors: ConfigError for layers that cannot be supervised."""
     check_deep_layers(objective.deep_layers, student=student)
@@ -240,7 +262,13 @@ def build_distill_model(
         selection=None if selection is None else selection.rule,
         compile=objective.config.compile,
     )
-    return kind(student=student, vocabulary=vocabulary, alignment=alignment, deep_layers=objective.deep_layers)
+    return kind(
+        student=student,
+        vocabulary=vocabulary,
+        alignment=alignment,
+        deep_layers=objective.deep_layers,
+        router=router,
+    )
 
 
 def _build_alignment(

@@ -61,6 +61,7 @@ class SelfSharedModel(DistillModel):
         plan: AlignmentPlan = NO_PLAN,
         temperature: Tensor | None = None,
         limit: Tensor | None = None,
+        load: Tensor | None = None,
         measure: bool = False,
         term_gradients: bool = False,
     ) -> dict[str, Tensor]:
@@ -69,6 +70,7 @@ class SelfSharedModel(DistillModel):
         Without gradients that loss is left out, and its sum is 0. With `term_gradients` also `teacher_squares`.
         """
         assert signal is None, "the signal arises in here"
+        assert load is None, "the configuration refuses objective.router here"
         layers = sorted({*plan.student.hidden, *plan.teacher.hidden})
         outputs = self.student(batch=twice(batch), taps=TapRequest(hidden=tuple(layers)), adapters="both")
         rows = len(batch.input_ids_BS)
