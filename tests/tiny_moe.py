@@ -39,10 +39,10 @@ def tiny_moe_config(family: str, *, layers: int = 2, hidden: int = 32, vocab: in
     )
 
 
-def tiny_moe(family: str, *, seed: int, bias: float = 0.0, **changes):
+def tiny_moe(family: str, *, seed: int, skew: float = 0.0, **changes):
     """A random model; routers are drawn too, or a token would go anywhere.
 
-    bias: how much more every router likes its first two experts, a skew that it can unlearn.
+    skew: how much more every router likes its first two experts, by a direction that all hidden states share.
     """
     from transformers import AutoModelForCausalLM
 
@@ -54,7 +54,9 @@ def tiny_moe(family: str, *, seed: int, bias: float = 0.0, **changes):
                 parameter.normal_(0.0, 0.1)
             if name.endswith(("gate.weight", "router.weight")):
                 parameter.normal_(0.0, 0.3)
-                parameter[:CHOSEN] += bias
+                parameter[:CHOSEN, 0] += skew
+        if skew:
+            model.get_input_embeddings().weight[:, 0] = 0.5
     return model
 
 

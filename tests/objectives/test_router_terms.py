@@ -190,9 +190,7 @@ def test_figures_by_hand():
     logits = torch.zeros((1, batch.input_ids_BS.shape[1], 4))
     choice = torch.tensor([0, 1]).expand(1, batch.input_ids_BS.shape[1], 2)
     other = torch.tensor([0, 2]).expand(1, batch.input_ids_BS.shape[1], 2)
-    terms = RouterTerms(
-        terms=("router_kl",), layers=(3,), experts=4, pairs=[RouterPair(LayerPair(3, 5), compared=4)]
-    )
+    terms = RouterTerms(terms=("router_kl",), layers=(3,), experts=4, pairs=[RouterPair(LayerPair(3, 5), compared=4)])
     tapped = Taps(router={3: RouterTap(logits, choice)})
     sums, figures = terms(
         tapped, Taps(router={5: RouterTap(logits, other)}), batch=batch, load_LX=torch.full((1, 4), 0.25)
