@@ -2,12 +2,12 @@
 model.
 
 Hidden states and routers come from forward hooks. Queries, keys and values come from the one place where every
-attention implementation meets: the function that an attention module looks up in the transformers attention interface under its
-configuration's name for it. While a forward is armed, a module that is asked for sees a view of its configuration with
-the name of a recording function; that function gives the module its own configuration back, records, and calls what
-the module would have called. So only the modules asked for are touched, once per forward; the model's configuration,
-from which masks are made and which flash attention asks for its version, keeps its name; and whatever activation
-checkpointing runs again in the backward pass finds the model as it was and records nothing.
+attention implementation meets: the function that an attention module looks up in the transformers attention interface
+under its configuration's name for it. While a forward is armed, a module that is asked for sees a view of its
+configuration with the name of a recording function; that function gives the module its own configuration back, records,
+and calls what the module would have called. So only the modules asked for are touched, once per forward; the model's
+configuration, from which masks are made and which flash attention asks for its version, keeps its name; and whatever
+activation checkpointing runs again in the backward pass finds the model as it was and records nothing.
 """
 
 import inspect
