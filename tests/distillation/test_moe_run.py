@@ -1,4 +1,4 @@
-"""Whole runs of mixture-of-experts students: what they record and leave, resume bit for bit, refusals."""
+"""Whole runs of mixture-of-experts students: what they record and leave, and resume bit for bit."""
 
 import json
 from pathlib import Path
@@ -124,36 +124,3 @@ def test_the_export_is_a_plain_mixture(straight, tiny_assets, mixtures, one_rank
     tree["student"]["model"] = str(straight / "export")
     (again,) = one_rank.run(distil, tree=tree)
     assert again["eval"]["before"]["perplexity"] == pytest.approx(summary["eval"]["after"]["perplexity"], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("router", "match"),
-    [
-        ({"distil": {"pairs": [[0, 9]]}}, r"pairs \(teacher\): layer 9 does not exist"),
-        ({"distil": {"expert_map": [0, 1, 2]}}, r"has 3 entries: the student has 4 experts and the teacher 4"),
-        ({"distil": {"expert_map": [0, 1, 2, 4]}}, r"4 is no expert; give 0 to 3"),
-        ({"distil": {"expert_map": "nowhere.json"}}, r"expert_map = 'nowhere.json': cannot be read"),
-    ],
-)
-def test_routers_that_do_not_map_are_refused(tiny_assets, mixtures, two_ranks, tmp_path, router, match):
-    tree = tree_of(tiny_assets, mixtures, tmp_path / "run", objective={"router": router})
-    with pytest.raises(AssertionError, match=match):
-        two_ranks.run(distil, tree=tree)
-
-
-def test_a_dense_student_has_no_router(tiny_assets, two_ranks, tmp_path):
-    tree = settings(tiny_assets, tmp_path / "run", objective={"router": {}})
-    with pytest.raises(AssertionError, match="the student, a 'llama' model, has no router"):
-        two_ranks.run(distil, tree=tree)
-
-
-def test_an_expert_map_from_a_file(tiny_assets, mixtures, one_rank, tmp_path):
-    table = tmp_path / "map.json"
-    table.write_text(json.dumps({"0": [1, 0, 3, 2], "1": [0, 1, 2, -1]}))
-    router = {"balance": 0, "z": 0, "distil": {"expert_map": str(table)}}
-    objective = {"alpha": 1.0, "router": router}
-    tree = tree_of(tiny_assets, mixtures, tmp_path / "run", train__max_steps=1, optim__warmup_steps=0)
-    (summary,) = one_rank.run(distil, tree=tree | {"objective": objective})
-    assert summary["steps"] == 1
-    record = metrics(tmp_path / "run")[0]
-    assert "router/load_balance" not in record and record["router/router_kl"] > 0

@@ -132,9 +132,8 @@ def test_loads_are_global_and_do_not_depend_on_the_split(teacher, students, one_
     assert (alone["loads"].sum(-1) - 1).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_balance_evens_a_skewed_router_and_only_it_does(teacher, tmp_path, two_ranks, checkpointing):
-    student = str(save_tiny_moe(tmp_path / "skewed", "mixtral", seed=3, num_local_experts=8, skew=1.0))
+def test_balance_evens_a_skewed_router_and_only_it_does(teacher, tmp_path, two_ranks):
+    student = str(save_tiny_moe(tmp_path / "skewed", "mixtral", seed=3, num_local_experts=8, skew=1.5))
     highest = {}
     for weight in (1.0, 0.0):
         results = two_ranks.run(
@@ -145,7 +144,7 @@ def test_balance_evens_a_skewed_router_and_only_it_does(teacher, tmp_path, two_r
             lr=1e-2,
             teacher=teacher,
             student=student,
-            checkpointing=checkpointing,
+            checkpointing=True,
             objective={"alpha": 1.0, "chunk_tokens": 64, "router": {"balance": weight, "z": 0.0}},
         )
         loads = results[0]["loads"]
