@@ -132,6 +132,7 @@ def test_loads_are_global_and_do_not_depend_on_the_split(teacher, students, one_
     assert (alone["loads"].sum(-1) - 1).abs().max() < 1e-6
 
 
+@pytest.mark.slow
 def test_balance_evens_a_skewed_router_and_only_it_does(teacher, tmp_path, two_ranks):
     student = str(save_tiny_moe(tmp_path / "skewed", "mixtral", seed=3, num_local_experts=8, skew=1.5))
     highest = {}
@@ -140,7 +141,7 @@ def test_balance_evens_a_skewed_router_and_only_it_does(teacher, tmp_path, two_r
             router_steps,
             steps=50,
             rows=ROWS,
-            micro_batch_size=2,
+            micro_batch_size=4,
             lr=1e-2,
             teacher=teacher,
             student=student,
