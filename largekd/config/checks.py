@@ -9,6 +9,7 @@ from largekd.config.lora_checks import check_lora
 from largekd.config.objective_checks import check_objective
 from largekd.config.remote_checks import check_remote
 from largekd.config.rollout_checks import check_rollouts
+from largekd.config.router_checks import check_router
 from largekd.config.run import RunConfig
 from largekd.config.schedule import extremes
 from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig, MixtureTeacherConfig
@@ -27,6 +28,7 @@ def check_config(config: RunConfig) -> list[str]:
         *_self_shared(config),
         *_depth(config),
         *_objective(config),
+        *check_router(config),
         *_optim(config),
         *_data(config),
         *check_rollouts(config),

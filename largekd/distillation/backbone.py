@@ -28,6 +28,7 @@ class BackboneModel(DistillModel):
         plan: AlignmentPlan = NO_PLAN,
         temperature: Tensor | None = None,
         limit: Tensor | None = None,
+        load: Tensor | None = None,
         measure: bool = False,
         term_gradients: bool = False,
         left_out: Sequence[int] = (),
@@ -39,7 +40,7 @@ class BackboneModel(DistillModel):
         if signal is not None:
             assert isinstance(signal, OwnSignal), "the signal arises in here"
             signal = self._signal(batch, plan=plan, distribution=signal.distribution)
-        options: dict[str, Any] = {"temperature": temperature, "limit": limit, "measure": measure}
+        options: dict[str, Any] = {"temperature": temperature, "limit": limit, "load": load, "measure": measure}
         return super().forward(
             batch=batch,
             signal=signal,

@@ -25,6 +25,7 @@ from largekd.distillation.models import Sources, build_student, find_sources
 from largekd.distillation.numerics import GradientWatch
 from largekd.distillation.remote import Surroundings
 from largekd.distillation.rollouts import build_rollouts
+from largekd.distillation.router import build_router
 from largekd.distillation.self_shared import (
     SelfSharedModel,
     check_shared,
@@ -40,6 +41,8 @@ from largekd.models.decoder import Decoder
 from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.layer_maps import LayerPair
 from largekd.objectives.plugins import load_plugins
+from largekd.objectives.router import RouterTerms
+from largekd.objectives.router_loads import RouterLoads
 from largekd.objectives.selection import TokenSelection
 from largekd.objectives.terms import Objective, build_objective
 from largekd.objectives.vocabulary import VocabularyPass
@@ -74,6 +77,8 @@ class Parts:
     rollouts: Rollouts | None = None
     layer_drop: LayerDrop | None = None
     depths: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    router: RouterTerms | None = None
+    router_loads: RouterLoads | None = None
 
     def close(self) -> None:
         """Take both engines down."""
@@ -145,7 +150,12 @@ def build(
     chosen = config.objective.selection
     selection = None if chosen is None else TokenSelection(chosen, device=device())
     module = build_distill_model(
-        objective, student=models.student, alignment=models.alignment, selection=selection, kind=models.kind
+        objective,
+        student=models.student,
+        alignment=models.alignment,
+        selection=selection,
+        kind=models.kind,
+        router=models.router,
     )
     groups = build_groups(module.named_trainables(), config=config.optim)
     note_groups(groups, config=config, folder=folder, ranks=ranks, resumed=resumed)
@@ -169,6 +179,8 @@ def build(
         rollouts=rollouts,
         layer_drop=build_layer_drop(config, student=models.student, alignment=models.alignment),
         depths=reduced_depths(config, student=models.student),
+        router=models.router,
+        router_loads=None if models.router is None else RouterLoads(models.router, device=device()),
     )
 
 
@@ -182,6 +194,7 @@ class _Models:
     alignment: Alignment | None
     teacher_ds_configs: Mapping[str, Any]
     kind: type[DistillModel]
+    router: RouterTerms | None = None
 
 
 def _build_models(
@@ -224,13 +237,21 @@ def _build_models(
         teacher = serve_shared(
             config, student=shared, objective=objective, alignment=alignment, total_steps=steps, ranks=ranks
         )
+    router = build_router(
+        objective,
+        student=student,
+        teacher=decoder,
+        teacher_kind=config.teacher.kind,
+        kept=config.student.teacher_layers,
+    )
     plan = AlignmentPlan() if alignment is None else alignment.plan(seed=config.train.seed, step=0)
+    plan = plan if router is None else router.extend(plan)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)
     kind = DistillModel if shared is None else SelfSharedModel
     if config.teacher.kind == "base":
         kind = BackboneModel
-    return _Models(student, teacher, decoder, alignment, teacher_ds_configs(model), kind)
+    return _Models(student, teacher, decoder, alignment, teacher_ds_configs(model), kind, router)
 
 
 def build_distill_model(
@@ -240,6 +261,7 @@ def build_distill_model(
     alignment: Alignment | None = None,
     selection: TokenSelection | None = None,
     kind: type[DistillModel] = DistillModel,
+    router: RouterTerms | None = None,
 ) -> DistillModel:
     """The trainable module of an objective. Errors: ConfigError for layers that cannot be supervised."""
     check_deep_layers(objective.deep_layers, student=student)
@@ -251,7 +273,13 @@ def build_distill_model(
         selection=None if selection is None else selection.rule,
         compile=objective.config.compile,
     )
-    return kind(student=student, vocabulary=vocabulary, alignment=alignment, deep_layers=objective.deep_layers)
+    return kind(
+        student=student,
+        vocabulary=vocabulary,
+        alignment=alignment,
+        deep_layers=objective.deep_layers,
+        router=router,
+    )
 
 
 def _build_alignment(

@@ -14,6 +14,7 @@ from largekd.distillation.window import Window
 from largekd.errors import NumericsError
 from largekd.evaluation.heldout import evaluate
 from largekd.generation.texts import sample_texts
+from largekd.monitoring.images import heat_image
 from largekd.monitoring.memory import memory_figures
 from largekd.monitoring.meters import Meters
 from largekd.monitoring.monitor import Monitor
@@ -86,6 +87,7 @@ def run_steps(
                 timers=session.timers,
                 measure=setting.request.distribution is not None and is_health_step,
                 limit=None if selection is None else selection.limit,
+                load=None if parts.router_loads is None else parts.router_loads.share_LX,
                 term_gradients=config.log.term_gradients and is_health_step,
             )
         except (StoppedWaitingError, TeacherGoneError) as error:
@@ -97,6 +99,8 @@ def run_steps(
             return False
         if selection is not None and result.outcome.applied:
             selection.learn(result.extras["histogram"], reduce=all_sum)
+        if parts.router_loads is not None and result.outcome.applied:
+            parts.router_loads.learn(result.extras["router"], reduce=all_sum)
         # The optimizer step has waited for the device already, so these reads cost nothing.
         tokens, stopping = round(float(scales.label_tokens)), float(scales.stop_votes) > 0
         seconds = time.perf_counter() - started
@@ -156,6 +160,7 @@ def _setting(session: Session, *, step: int, max_steps: int) -> StepSetting:
         max_steps=max_steps,
         seed=parts.config.train.seed,
         left_out=drop.draw(step=step, max_steps=max_steps, micro_batches=parts.accumulation) if drop else (),
+        router=parts.router,
     )
 
 
@@ -218,6 +223,8 @@ def _report(session: Session, *, window: Window, progress: Progress, result: Ste
         figures = evaluate_now(session)
         if figures is not None:
             session.monitor.log_evaluation(step=step, values={f"eval/{key}": value for key, value in figures.items()})
+    if parts.router_loads is not None and session.monitor.is_health_step(step):
+        session.monitor.log_images(step=step, images={"router/load": heat_image(parts.router_loads.heat_map())})
     if not session.monitor.is_log_step(step):
         return
     values = window.flush(timers=session.timers)
@@ -232,6 +239,7 @@ def _report(session: Session, *, window: Window, progress: Progress, result: Ste
         values[f"schedule/factor/{summand.name}"] = factor
     if parts.layer_drop is not None:
         values["schedule/layer_drop"] = parts.layer_drop.rate(step=step - 1, max_steps=progress.max_steps)
+    values |= {} if parts.router_loads is None else parts.router_loads.figures()
     values |= parts.teacher.metrics
     values |= {} if parts.rollouts is None else parts.rollouts.metrics
     values |= {f"optim/lr/{name}": rate for name, rate in parts.engine.learning_rates().items()}

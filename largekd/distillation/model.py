@@ -11,6 +11,7 @@ from largekd.contracts import Batch, HiddenSignal, MixtureSignal, SampledSignal,
 from largekd.models.decoder import Decoder
 from largekd.models.lora import plain_name
 from largekd.objectives.alignment import Alignment, AlignmentPlan
+from largekd.objectives.router import RouterTerms
 from largekd.objectives.vocabulary import VocabularyPass
 from largekd.sharding.shards import register_external
 
@@ -21,8 +22,9 @@ NO_PLAN = AlignmentPlan()
 class DistillModel(nn.Module):
     """The student and the losses. Its forward gives a dict with the scalar `loss` and the terms' sums.
 
-    Terms are ordered as the objective's summands: those of the vocabulary pass, then the alignment, then those of the
-    vocabulary pass for each of `deep_layers`, which are left out (their sums are 0) in evaluation mode.
+    Terms are ordered as the objective's summands: those of the vocabulary pass, then the alignment, then the routers',
+    then those of the vocabulary pass for each of `deep_layers`; the last two are left out (their sums are 0) in
+    evaluation mode.
     """
 
     def __init__(
@@ -32,12 +34,14 @@ class DistillModel(nn.Module):
         vocabulary: VocabularyPass,
         alignment: Alignment | None = None,
         deep_layers: Sequence[int] = (),
+        router: RouterTerms | None = None,
     ) -> None:
         super().__init__()
         self.deep_layers = tuple(deep_layers)
         self.student = student
         self.vocabulary = vocabulary
         self.alignment = alignment
+        self.router = router
         for parameter in student.head_parameters:
             register_external(vocabulary, parameter)
 
@@ -50,6 +54,7 @@ class DistillModel(nn.Module):
         plan: AlignmentPlan = NO_PLAN,
         temperature: Tensor | None = None,
         limit: Tensor | None = None,
+        load: Tensor | None = None,
         measure: bool = False,
         term_gradients: bool = False,
         left_out: Sequence[int] = (),
@@ -58,7 +63,8 @@ class DistillModel(nn.Module):
 
         A plan without pairs leaves the alignment out; its sums are then 0. With `term_gradients` also
         `alignment_squares`, which the backward pass fills with the squared norm of each alignment term's gradient with
-        respect to the student's captured activations, and `deep_squares` of the intermediate layers' terms.
+        respect to the student's captured activations, and `deep_squares` of the intermediate layers' terms, and
+        `router_squares`. `load` is the share of each expert, (layers, X); with routers also `router`, see RouterLoads.
         left_out: layers of the student that hand their input on.
         """
         first_deep = len(scales) - len(self.vocabulary.terms) * len(self.deep_layers)
@@ -71,7 +77,13 @@ class DistillModel(nn.Module):
             "temperature": temperature,
             "term_gradients": term_gradients,
         }
-        results = self.losses(outputs, scales=scales[:first_deep], plan=plan, limit=limit, measure=measure, **options)
+        first_router = first_deep - (0 if self.router is None else len(self.router.terms))
+        results = self.losses(outputs, scales=scales[:first_router], plan=plan, limit=limit, measure=measure, **options)
+        if self.router is not None:
+            own = scales[first_router:first_deep]
+            results = self._with_routers(
+                results, outputs, batch=batch, signal=signal, scales=own, load=load, watched=term_gradients
+            )
         if not self.deep_layers:
             return results
         found = [
@@ -99,6 +111,36 @@ class DistillModel(nn.Module):
             **options,
         )
         return results
+
+    def _with_routers(
+        self,
+        results: dict[str, Tensor],
+        outputs: Mapping[str, Tensor],
+        *,
+        batch: Batch,
+        signal: TeacherSignal | None,
+        scales: Tensor,
+        load: Tensor | None,
+        watched: bool,
+    ) -> dict[str, Tensor]:
+        """`results` with what the routers add."""
+        assert self.router is not None
+        if load is None or not self.training:
+            return results | {"sums": torch.cat([results["sums"], results["sums"].new_zeros(len(scales))])}
+        squares_N = torch.zeros_like(scales) if watched else None
+        sums_N, figures = self.router(
+            self.student.taps_of(outputs),
+            None if signal is None else signal.taps,
+            batch=batch,
+            load_LX=load,
+            squares_N=squares_N,
+        )
+        found = {
+            "loss": results["loss"] + (sums_N * scales).sum(),
+            "sums": torch.cat([results["sums"], sums_N.detach().to(results["sums"].dtype)]),
+            "router": figures,
+        }
+        return results | found | ({} if squares_N is None else {"router_squares": squares_N})
 
     def _deep_losses(self, outputs: Mapping[str, Tensor], *, layer: int, **options: Any) -> dict[str, Tensor]:
         """The vocabulary terms of an intermediate layer, read through the final norm and the head."""

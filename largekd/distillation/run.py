@@ -180,6 +180,9 @@ def _owners(parts: Parts, *, journal: Journal, ranks: Ranks) -> dict[str, StateO
         owners["teacher"] = parts.teacher.state
     if parts.rollouts is not None:
         owners["rollouts"] = JsonOwner(get=parts.rollouts.state, put=parts.rollouts.restore, ranks=ranks)
+    if parts.router_loads is not None:
+        loads = parts.router_loads
+        owners["router"] = JsonOwner(get=loads.state, put=loads.restore, ranks=ranks)
     if parts.selection is not None:
         owners["selection"] = JsonOwner(get=parts.selection.state, put=parts.selection.restore, ranks=ranks)
     return owners

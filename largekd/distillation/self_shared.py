@@ -20,6 +20,7 @@ from largekd.models.decoder import Decoder
 from largekd.models.pruning import PrunedStudent, check_targets
 from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.layer_maps import LayerPair, pair_layers
+from largekd.objectives.router import RouterTerms
 from largekd.objectives.terms import Objective, Summand, VocabularyTerm
 from largekd.objectives.vocabulary import VocabularyPass
 from largekd.runtime.ranks import Ranks
@@ -43,8 +44,9 @@ class SelfSharedModel(DistillModel):
         vocabulary: VocabularyPass,
         alignment: Alignment | None = None,
         deep_layers: Sequence[int] = (),
+        router: RouterTerms | None = None,
     ) -> None:
-        assert not deep_layers, "the configuration refuses deep supervision here"
+        assert not deep_layers and router is None, "the configuration refuses deep supervision and routers here"
         super().__init__(student=student, vocabulary=vocabulary, alignment=alignment)
         self.teacher_vocabulary = VocabularyPass(
             terms=(VocabularyTerm(TEACHER_LOSS, None),), chunk_tokens=vocabulary.chunk_tokens
@@ -61,6 +63,7 @@ class SelfSharedModel(DistillModel):
         plan: AlignmentPlan = NO_PLAN,
         temperature: Tensor | None = None,
         limit: Tensor | None = None,
+        load: Tensor | None = None,
         measure: bool = False,
         term_gradients: bool = False,
         left_out: Sequence[int] = (),
@@ -71,6 +74,7 @@ class SelfSharedModel(DistillModel):
         """
         assert signal is None, "the signal arises in here"
         assert not left_out, "which layers go is what pruning finds"
+        assert load is None, "the configuration refuses objective.router here"
         layers = sorted({*plan.student.hidden, *plan.teacher.hidden})
         outputs = self.student(batch=twice(batch), taps=TapRequest(hidden=tuple(layers)), adapters="both")
         rows = len(batch.input_ids_BS)

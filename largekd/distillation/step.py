@@ -11,6 +11,7 @@ from largekd.contracts import COUNT_NAMES, Batch, SignalRequest, counts_of
 from largekd.engine.train import StepOutcome, TrainEngine
 from largekd.monitoring.timers import Timers
 from largekd.objectives.alignment import Alignment, AlignmentPlan
+from largekd.objectives.router import RouterTerms
 from largekd.objectives.terms import Objective
 from largekd.runtime.ranks import all_sum
 from largekd.teachers.protocol import CountsSkips, Teacher
@@ -38,9 +39,11 @@ class StepSetting:
         max_steps: int,
         seed: int,
         left_out: tuple[tuple[int, ...], ...] = (),
+        router: RouterTerms | None = None,
     ) -> "StepSetting":
         """The setting of step `step` (0 is the first): a function of its arguments alone, the same on all ranks."""
         plan = AlignmentPlan() if alignment is None else alignment.plan(seed=seed, step=step)
+        plan = plan if router is None else router.extend(plan)
         return cls(
             factors=objective.factors(step=step, max_steps=max_steps),
             temperature=objective.temperature(step=step, max_steps=max_steps),
@@ -71,7 +74,7 @@ class StepScales:
 @dataclass(frozen=True)
 class StepResult:
     """One step's outcome on this rank: `losses` per micro-batch; `sums`, and where they were asked for `health`,
-    `kept`, `histogram` and `squares`, over them."""
+    `kept`, `histogram`, `router` and `squares`, over them."""
 
     outcome: StepOutcome
     losses: tuple[Tensor, ...]
@@ -124,6 +127,7 @@ def train_step(
     timers: Timers,
     measure: bool,
     limit: Tensor | None = None,
+    load: Tensor | None = None,
     term_gradients: bool = False,
 ) -> StepResult:
     """Run the step's micro-batches through teacher and student and update once."""
@@ -141,6 +145,7 @@ def train_step(
                     plan=setting.plan,
                     temperature=temperature,
                     limit=limit,
+                    load=load,
                     measure=measure,
                     term_gradients=term_gradients,
                     left_out=setting.left_out[index] if setting.left_out else (),
@@ -158,7 +163,7 @@ def train_step(
         elif isinstance(teacher, CountsSkips):
             teacher.after_skipped_step()
     # The alignment's part was filled by the backward passes.
-    parts = ("squares", "alignment_squares", "teacher_squares", "deep_squares")
+    parts = ("squares", "alignment_squares", "teacher_squares", "router_squares", "deep_squares")
     squares = [totals.pop(name) for name in parts if name in totals]
     if squares:
         totals["squares"] = torch.cat(squares)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from largekd.engine.leaf_modules import mark_leaf_modules
 from largekd.errors import CheckpointError
 from largekd.optim.groups import ParameterGroup
 
@@ -30,6 +31,7 @@ class TrainEngine:
         import deepspeed
 
         _import_muon_uncompiled()
+        mark_leaf_modules(module)
         self._engine = deepspeed.initialize(
             model=module,
             model_parameters=[_optimizer_group(group) for group in groups if not group.is_frozen],
