@@ -98,18 +98,9 @@ def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, stu
 
 
 def initialise_student(
-    model: PreTrainedModel,
-    *,
-    config: InitialiseConfig,
-    teacher: ModelFolder,
-    seed: int,
-    ranks: Ranks,
-    folder: Path | None,
+    model: PreTrainedModel, *, config: InitialiseConfig, teacher: ModelFolder, seed: int, ranks: Ranks
 ) -> InitialisationReport:
-    """Fill the sharded student with what its teacher's checkpoint gives; the report goes into `folder`, if any.
-
-    A collective call. Errors: ConfigError.
-    """
+    """Fill the sharded student with what its teacher's checkpoint gives. A collective call. Errors: ConfigError."""
     check_initialise(config, teacher=teacher.config, student=model.config)
     layers = _layers(config, count=model.config.num_hidden_layers, depth=teacher.config.num_hidden_layers)
     request = Request(
@@ -139,12 +130,16 @@ def initialise_student(
             **config.model_dump(mode="json", exclude={"layers"}),
         },
     )
-    logger.info("student: %s", report.in_words())
-    if folder is not None:
-        with Together():
-            if ranks.is_main:
-                write_json(folder / REPORT_FILE, value=report.as_mapping())
+    if ranks.is_main:
+        logger.info("student: %s", report.in_words())
     return report
+
+
+def write_report(report: InitialisationReport, *, folder: Path, ranks: Ranks) -> None:
+    """initialisation.json in a run's folder. A collective call."""
+    with Together():
+        if ranks.is_main:
+            write_json(folder / REPORT_FILE, value=report.as_mapping())
 
 
 def _layers(config: InitialiseConfig, *, count: int, depth: int) -> tuple[int, ...]:
