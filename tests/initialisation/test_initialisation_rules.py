@@ -160,7 +160,7 @@ def test_a_tensor_of_another_shape_is_named(tmp_path):
         ({"intermediate_size": 64}, "intermediate_size = 64"),
         ({"num_attention_heads": 8}, "num_attention_heads = 8"),
         ({"head_dim": 4}, "head_dim = 8"),
-        ({"num_attention_heads": 3}, "must be a multiple of num_key_value_heads"),
+        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
         ({"vocab_size": 68}, "vocab_size = 68"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}, "turns positions otherwise"),
