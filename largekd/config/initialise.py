@@ -17,7 +17,7 @@ class InitialiseConfig(Frozen):
         "truncate", description="How hidden units, neurons and heads are reduced."
     )
     gain: float = Field(
-        0.5,
+        0.0,
         ge=0,
         le=1,
         description="truncate, interpolate: weights that read an axis of length m shortened to n are multiplied by "
