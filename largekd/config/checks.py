@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from largekd.config.design_checks import check_design
 from largekd.config.group_checks import check_groups
+from largekd.config.initialise_checks import check_initialisation
 from largekd.config.lora_checks import check_lora
 from largekd.config.objective_checks import check_objective
 from largekd.config.remote_checks import check_remote
@@ -24,6 +25,7 @@ def check_config(config: RunConfig) -> list[str]:
         *check_mixture(config),
         *_student(config),
         *check_design(config),
+        *check_initialisation(config),
         *_average(config),
         *_self_shared(config),
         *_depth(config),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from largekd.distillation.backbone import BackboneModel
 from largekd.distillation.cache_binding import check_teacher_data, stored_layers
 from largekd.distillation.data import RunData, build_data
 from largekd.distillation.groups import check_parameters, note_groups
+from largekd.distillation.initialise import write_report
 from largekd.distillation.layer_drop import LayerDrop, build_layer_drop, reduced_depths
 from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
@@ -211,7 +213,10 @@ def _build_models(
     around: Surroundings | None,
 ) -> _Models:
     model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
-    student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
+    report_to = partial(write_report, folder=folder, ranks=ranks)
+    student = build_student(
+        config, sources=sources, ds_config=trained, ranks=ranks, resumed=resumed, report_to=report_to
+    )
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
     within = shared is not None or config.teacher.kind == "base"
     decoder = student if within else None if model is None else model.decoder
