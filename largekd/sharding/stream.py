@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +84,26 @@ def load_parameters(module: nn.Module, *, folder: Path, rank: int, source_name: 
         loaded=tuple(alias for aliases in names.values() for alias in aliases),
         unused=tuple(sorted(set(files) - used)),
     )
+
+
+@contextmanager
+def open_tensors(folder: Path, *, module: nn.Module) -> Iterator[Callable[[str], Tensor]]:
+    """A function that reads one whole tensor of the checkpoint in `folder` by the name it has in `module`'s family.
+
+    Errors: ConfigError when the folder holds no safetensors, or from the function when it lacks the tensor.
+    """
+    files = tensor_files(folder)
+    prefix = _prefix(files, module)
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(_opened(path)) for path in sorted(set(files.values()))}
+
+        def read(name: str) -> Tensor:
+            stored = prefix(name)
+            if stored not in files:
+                raise _absent(stored, folder=folder, files=files)
+            return opened[files[stored]].get_tensor(stored)
+
+        yield read
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
