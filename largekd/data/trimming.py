@@ -113,18 +113,14 @@ def choose_tokens(
         keep = -(-len(kept) // multiple) * multiple
     assert keep is not None
     _fill(table, kept=kept, order=order, size=keep)
-    return Trim(
-        kept_V=np.array(sorted(kept), np.int64), coverage=sum(counts.get(place, 0) for place in kept) / total
-    )
+    return Trim(kept_V=np.array(sorted(kept), np.int64), coverage=sum(counts.get(place, 0) for place in kept) / total)
 
 
 def trim_description(described: Mapping[str, Any], *, trim: Trim) -> dict[str, Any]:
     """The contents of `tokenizer.json` with the kept tokens alone, under their new ids."""
     table = MergeTable(described)
     size = 1 + max([*table.vocabulary.values(), *(token["id"] for token in described["added_tokens"])])
-    new_id: dict[int, int] = {
-        old: new for old, new in enumerate(trim.new_ids(old_size=size).tolist()) if new >= 0
-    }
+    new_id: dict[int, int] = {old: new for old, new in enumerate(trim.new_ids(old_size=size).tolist()) if new >= 0}
     trimmed = copy.deepcopy(dict(described))
     vocabulary = {token: new_id[old] for token, old in table.vocabulary.items() if old in new_id}
     trimmed["model"]["vocab"] = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
