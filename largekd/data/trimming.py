@@ -9,15 +9,22 @@ import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from largekd.data.token_bytes import BYTE_TOKEN
+from largekd.data.token_bytes import BYTE_TOKEN, METASPACE
 from largekd.errors import DataError
+from largekd.runtime.files import read_json, write_json
 
 _TEMPLATE_PAIRS = ("sep", "cls")
+_TOKENIZER, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+# Older files with the whole vocabulary, which some classes would read.
+_OTHER_FILES = ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json")
 
 
 @dataclass(frozen=True)
@@ -60,16 +67,20 @@ class MergeTable:
         return self._parts[token]
 
     def base(self) -> frozenset[int]:
-        """Ids of the tokens that every text may need: the bytes where unknown characters fall back to them (<0xNN>),
-        else every single character, which in byte-level tokenizers is every byte."""
-        if self._byte_fallback:
-            return frozenset(place for token, place in self.vocabulary.items() if BYTE_TOKEN.fullmatch(token))
-        return frozenset(place for token, place in self.vocabulary.items() if len(token) == 1)
+        """Ids of the tokens that every text may need: every single character, which in byte-level tokenizers is every
+        byte; where unknown characters fall back to bytes (<0xNN>), these and the characters of ASCII and ▁ alone."""
+        if not self._byte_fallback:
+            return frozenset(place for token, place in self.vocabulary.items() if len(token) == 1)
+        return frozenset(
+            place
+            for token, place in self.vocabulary.items()
+            if BYTE_TOKEN.fullmatch(token) or token == METASPACE or (len(token) == 1 and token.isascii())
+        )
 
     def _merged(self, token: str) -> frozenset[int]:
         pieces, seen = list(token), {*token, token}
         while len(pieces) > 1:
-            pairs = [(self.ranks.get(pair), place) for place, pair in enumerate(zip(pieces, pieces[1:], strict=False))]
+            pairs = [(self.ranks.get(pair), place) for place, pair in enumerate(pairwise(pieces))]
             found = [(rank, place) for rank, place in pairs if rank is not None]
             if not found:
                 break
@@ -101,9 +112,13 @@ def choose_tokens(
     if coverage is not None and not 0 < coverage <= 1:
         raise DataError(f"coverage = {coverage}: must be greater than 0 and at most 1.")
     table = MergeTable(described)
-    kept = {token["id"] for token in described["added_tokens"]} | table.base() | set(always)
-    for place in tuple(always):
-        kept |= _closure(table, place)
+    # Added tokens are found before a text is split: no merge makes them.
+    added = {token["id"] for token in described["added_tokens"]}
+    others = set(always) - added
+    kept = added | others | table.base()
+    for token, place in table.vocabulary.items():
+        if place in others:
+            kept |= table.parts(token)
     if keep is not None and keep < len(kept):
         raise DataError(f"keep = {keep}: bytes, added and special tokens alone are {len(kept)}; keep at least those.")
     total = max(sum(counts.values()), 1)
@@ -158,6 +173,53 @@ def count_tokens(encoded: Iterable[Sequence[int]]) -> dict[int, int]:
     return counts
 
 
+def save_trimmed(tokenizer: PreTrainedTokenizerBase, *, folder: Path, trim: Trim) -> PreTrainedTokenizerBase:
+    """Write the tokenizer with the kept tokens alone into `folder`, with its chat template, and read it back.
+
+    Raises: DataError for a tokenizer that cannot be trimmed, or whose class gives tokens other ids than its file says.
+    """
+    trimmed = trim_description(description_of(tokenizer), trim=trim)
+    tokenizer.save_pretrained(folder)
+    for name in _OTHER_FILES:
+        (folder / name).unlink(missing_ok=True)
+    (folder / _TOKENIZER).write_text(json.dumps(trimmed, ensure_ascii=False, indent=1), encoding="utf-8")
+    config = read_json(folder / _SETTINGS)
+    if "added_tokens_decoder" in config:
+        new_id = {str(old): str(new) for new, old in enumerate(trim.kept_V.tolist())}
+        config["added_tokens_decoder"] = {new_id[old]: token for old, token in config["added_tokens_decoder"].items()}
+        write_json(folder / _SETTINGS, value=config)
+    read_back: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    expected = {token: place for token, place in tokenizer.get_vocab().items() if place in set(trim.kept_V.tolist())}
+    mapping = dict(zip(trim.kept_V.tolist(), range(len(trim.kept_V)), strict=True))
+    if read_back.get_vocab() != {token: mapping[place] for token, place in expected.items()}:
+        raise DataError(
+            f"{type(tokenizer).__name__} does not take its tokens' ids from {_TOKENIZER}; it cannot be trimmed."
+        )
+    return read_back
+
+
+def check_trimmed(
+    original: PreTrainedTokenizerBase, trimmed: PreTrainedTokenizerBase, *, trim: Trim, texts: Iterable[str]
+) -> int:
+    """How many of `texts` are split by both alike; those with a token that is gone are only read back.
+
+    Raises: DataError for a text that the trimmed tokenizer splits otherwise though it has all of its tokens, or that
+    it does not spell.
+    """
+    size = 1 + max(original.get_vocab().values())
+    mapping, same = trim.new_ids(old_size=max(size, int(trim.kept_V.max()) + 1)), 0
+    for text in texts:
+        old, new = (side(text, add_special_tokens=False, verbose=False)["input_ids"] for side in (original, trimmed))
+        expected = mapping[old].tolist()
+        if min(expected, default=0) >= 0:
+            same += 1
+            if expected != new:
+                raise DataError(f"the trimmed tokenizer splits {text[:60]!r} otherwise; report this tokenizer.")
+        if trimmed.decode(new) != original.decode(old):
+            raise DataError(f"the trimmed tokenizer does not spell {text[:60]!r} any more; report this tokenizer.")
+    return same
+
+
 def description_of(tokenizer: Any) -> dict[str, Any]:
     """A fast tokenizer's `tokenizer.json`. Raises: DataError for a slow tokenizer."""
     if not tokenizer.is_fast:
@@ -169,11 +231,6 @@ def description_of(tokenizer: Any) -> dict[str, Any]:
 def _pair(merge: Any) -> tuple[str, str]:
     left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
     return left, right
-
-
-def _closure(table: MergeTable, place: int) -> frozenset[int]:
-    token = next((token for token, other in table.vocabulary.items() if other == place), None)
-    return frozenset() if token is None else table.parts(token)
 
 
 def _covering(

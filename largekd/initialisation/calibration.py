@@ -163,9 +163,7 @@ def _means(sums: _Sums, *, parts: tuple[LayerParts, ...]) -> Statistics:
     total = {name: all_sum(value).cpu() for name, value in sums.values.items()}
     positions = float(total["positions"]) if "positions" in total else 0.0
     if not positions:
-        raise ConfigError(
-            "student.initialise.calibration_rows: no row of data.train has a token; nothing was measured."
-        )
+        raise ConfigError("student.initialise.calibration_rows: no row of data.train has a token to measure.")
     norms = 1 + sum(len(part.norms) for part in parts)
     places = 1 + sum(1 + len(part.inner_norms) for part in parts)
     layers = range(len(parts))

@@ -18,7 +18,7 @@ def importance_maps(
     """Each axis keeps its most active entries, in the teacher's order; axes of equal length are taken whole.
 
     `layers[i]` is the teacher's layer of the student's layer i; neurons and heads are chosen layer by layer, hidden
-    units once for all, because the residual stream joins the layers. width False: hidden units are left to another rule.
+    units once for all, because the residual stream joins the layers. width False: they are left to another rule.
     The gain of the width is what `width_gain` says of the kept units, so that a teacher whose other units are always
     zero is preserved.
 
@@ -63,8 +63,8 @@ def most_important(scores_N: Tensor, *, keep: int, role: Role) -> Tensor:
 
 
 def important_heads(scores_H: Tensor, *, teacher_groups: int, heads: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Query heads and key heads that are kept: the `groups` key heads whose query heads have the greatest sum of scores,
-    and inside each the heads / groups greatest ones, all in the teacher's order, so that a query keeps its key.
+    """Query heads and key heads that are kept: the `groups` key heads whose query heads have the greatest sums, and
+    inside each the heads / groups greatest ones, all in the teacher's order, so that a query keeps its key.
 
     Errors: ConfigError when a key head would need more query heads than it has.
     """

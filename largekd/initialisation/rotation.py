@@ -32,8 +32,8 @@ def check_rotatable(student: PretrainedConfig, *, key: str = "student.config") -
     rule = "student.initialise.width = 'pca'"
     if student.model_type not in ROTATABLE:
         raise ConfigError(
-            f"{rule}: a {student.model_type!r} model has more than weighted RMSNorms around its stream, which cannot be "
-            f"rotated; it can be for {', '.join(sorted(ROTATABLE))}. Choose another rule, such as importance."
+            f"{rule}: a {student.model_type!r} model has more than weighted RMSNorms around its stream, which cannot "
+            f"be rotated; it can be for {', '.join(sorted(ROTATABLE))}. Choose another rule, such as importance."
         )
     if student.tie_word_embeddings:
         raise ConfigError(

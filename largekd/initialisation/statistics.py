@@ -16,8 +16,8 @@ class Statistics:
     energy_D: mean square of the residual stream over its own mean square, over the places where norms read it, so that
     it adds up to D. moment_DD: the second moment of the same, whose diagonal is energy_D; None: not asked for.
 
-    Sources: activations as importance (Muralidharan et al. 2024, Minitron), block influence (Men et al. 2024, ShortGPT),
-    directions of the normalised stream (Ashkboos et al. 2024, SliceGPT).
+    Sources: importance by activations (Muralidharan et al. 2024, Minitron), influence of blocks (Men et al. 2024,
+    ShortGPT), directions of the normalised stream (Ashkboos et al. 2024, SliceGPT).
     """
 
     positions: float

@@ -79,6 +79,6 @@ def test_directions_are_orthonormal_and_take_the_greatest_moments() -> None:
 def test_families_that_cannot_be_rotated_and_tied_students_are_refused() -> None:
     with pytest.raises(ConfigError, match="'gemma2' model has more than weighted RMSNorms"):
         check_rotatable(AutoConfig.for_model("gemma2"))
-    with pytest.raises(ConfigError, match="tie_word_embeddings to false in student.config"):
+    with pytest.raises(ConfigError, match=r"tie_word_embeddings to false in student\.config"):
         check_rotatable(AutoConfig.for_model("llama", tie_word_embeddings=True))
     check_rotatable(AutoConfig.for_model("llama", tie_word_embeddings=False))
