@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from largekd.contracts import Batch
 from largekd.data.loader import RowLoader
 from largekd.distillation.cache_binding import check_teacher_data
 from largekd.distillation.data import RunData, build_data
+from largekd.distillation.initialise import write_report
 from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student, find_sources
@@ -191,7 +193,10 @@ def _build_models(
     around: Surroundings | None,
 ) -> _Models:
     model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
-    student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
+    report_to = partial(write_report, folder=folder, ranks=ranks)
+    student = build_student(
+        config, sources=sources, ds_config=trained, ranks=ranks, resumed=resumed, report_to=report_to
+    )
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
     decoder = student if shared is not None else None if model is None else model.decoder
     pairs = find_pairs(

@@ -42,8 +42,9 @@ class StudentMaps:
     """The whole plan of a smaller student: `layers[i]` is the teacher's layer that layer i of the student comes from.
 
     Maps by layer are keyed by the student's layer; an axis without a map is taken as it is.
-    gains: by role, the factor of weights that read this axis (the head's stands in the final norm, for the sake of tied
-    embeddings); 1 where it is missing.
+    gains: by role, the factor of weights that read this axis; 1 where it is missing. That of the width takes back what
+    a norm over fewer units does: it stands in the weights behind such a norm, for the head in the final norm (the head
+    may be tied), and where a norm writes to the stream in that norm.
     """
 
     layers: tuple[int, ...]
@@ -63,3 +64,10 @@ class StudentMaps:
         assert layer is not None
         maps: dict[Role, Mapping[int, AxisMap]] = {"ffn": self.ffn, "heads": self.heads, "kv_heads": self.kv_heads}
         return maps[role].get(layer)
+
+
+def evenly_spaced(count: int, *, of: int) -> tuple[int, ...]:
+    """`count` of the places 0 … of − 1 at equal distances with both ends (one place: the first); halves go down."""
+    if count == 1:
+        return (0,)
+    return tuple((2 * index * (of - 1) + count - 2) // (2 * (count - 1)) for index in range(count))
