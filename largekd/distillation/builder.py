@@ -17,6 +17,7 @@ from largekd.config.run import RunConfig
 from largekd.contracts import Batch
 from largekd.data.loader import RowLoader
 from largekd.distillation.cache_binding import check_teacher_data
+from largekd.distillation.calibrate import calibrate
 from largekd.distillation.data import RunData, build_data
 from largekd.distillation.initialise import write_report
 from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
@@ -195,7 +196,21 @@ def _build_models(
     model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
     report_to = partial(write_report, folder=folder, ranks=ranks)
     student = build_student(
-        config, sources=sources, ds_config=trained, ranks=ranks, resumed=resumed, report_to=report_to
+        config,
+        sources=sources,
+        ds_config=trained,
+        ranks=ranks,
+        resumed=resumed,
+        measure=lambda moment: calibrate(
+            config,
+            sources=sources,
+            rows=data.first_rows,
+            placements=placements,
+            decoder=None if model is None else model.decoder,
+            ranks=ranks,
+            moment=moment,
+        ),
+        report_to=report_to,
     )
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
     decoder = student if shared is not None else None if model is None else model.decoder

@@ -10,6 +10,7 @@ from largekd.errors import ConfigError
 from largekd.initialisation.axes import Role, Select, StudentMaps
 from largekd.initialisation.sizes import Sizes
 from largekd.initialisation.statistics import Statistics
+from largekd.initialisation.width import vocabulary_map
 
 
 def importance_maps(
@@ -44,6 +45,7 @@ def importance_maps(
     return StudentMaps(
         layers=tuple(layers),
         width=units,
+        vocabulary=vocabulary_map(teacher=teacher, student=student),
         ffn=chosen["ffn"],
         heads=chosen["heads"],
         kv_heads=chosen["kv_heads"],
