@@ -17,6 +17,7 @@ from largekd.contracts import Batch
 from largekd.data.loader import RowLoader
 from largekd.distillation.backbone import BackboneModel
 from largekd.distillation.cache_binding import check_teacher_data, stored_layers
+from largekd.distillation.calibrate import calibrate
 from largekd.distillation.data import RunData, build_data
 from largekd.distillation.groups import check_parameters, note_groups
 from largekd.distillation.initialise import write_report
@@ -215,7 +216,21 @@ def _build_models(
     model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
     report_to = partial(write_report, folder=folder, ranks=ranks)
     student = build_student(
-        config, sources=sources, ds_config=trained, ranks=ranks, resumed=resumed, report_to=report_to
+        config,
+        sources=sources,
+        ds_config=trained,
+        ranks=ranks,
+        resumed=resumed,
+        measure=lambda moment: calibrate(
+            config,
+            sources=sources,
+            rows=data.first_rows,
+            placements=placements,
+            decoder=None if model is None else model.decoder,
+            ranks=ranks,
+            moment=moment,
+        ),
+        report_to=report_to,
     )
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
     within = shared is not None or config.teacher.kind == "base"

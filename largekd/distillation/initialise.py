@@ -12,9 +12,13 @@ from largekd.errors import ConfigError
 from largekd.initialisation.axes import StudentMaps
 from largekd.initialisation.derive import Derivation, Prepare, as_stored, derivations
 from largekd.initialisation.fill import fill_from
+from largekd.initialisation.importance import importance_maps
+from largekd.initialisation.influence import influential_layers
 from largekd.initialisation.layers import LAYER_RULES, check_depth
 from largekd.initialisation.report import REPORT_FILE, InitialisationReport
+from largekd.initialisation.rotation import check_rotatable, fold_norms, rotated_ends, rotated_maps
 from largekd.initialisation.sizes import Sizes, sizes_of
+from largekd.initialisation.statistics import Statistics
 from largekd.initialisation.width import check_sizes, plain_maps
 from largekd.models.source import ModelFolder
 from largekd.runtime.files import write_json
@@ -28,7 +32,8 @@ _MUST_AGREE = ("hidden_act", "hidden_activation", "partial_rotary_factor", "use_
 
 @dataclass(frozen=True)
 class Request:
-    """What a rule is given: both shapes, the teacher's layers that are kept, and the configuration."""
+    """What a rule is given: both shapes, the teacher's layers that are kept, and the configuration; the statistics of
+    the teacher for the rules that need some."""
 
     config: InitialiseConfig
     model: PreTrainedModel
@@ -36,6 +41,7 @@ class Request:
     teacher: Sizes
     student: Sizes
     layers: tuple[int, ...]
+    statistics: Statistics | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,43 @@ def _plain(request: Request, *, even: bool) -> StudentMaps:
     )
 
 
-RULES: Mapping[str, Callable[[Request], Plan]] = {"truncate": _truncate, "interpolate": _interpolate}
+def _importance(request: Request) -> Plan:
+    return Plan(_important(request, width=True))
+
+
+def _pca(request: Request) -> Plan:
+    """Neurons and heads by importance, hidden units by rotation, which changes all that touches the stream."""
+    assert request.statistics is not None
+    assert request.statistics.moment_DD is not None
+    maps = rotated_maps(
+        _important(request, width=False), moment_DD=request.statistics.moment_DD, width=request.student.width
+    )
+    ends = rotated_ends(request.model, maps=maps, teacher_config=request.teacher_config)
+    return Plan(maps, prepare=fold_norms(request.model), given=ends)
+
+
+def _important(request: Request, *, width: bool) -> StudentMaps:
+    assert request.statistics is not None
+    return importance_maps(
+        request.statistics, layers=request.layers, teacher=request.teacher, student=request.student, width=width
+    )
+
+
+RULES: Mapping[str, Callable[[Request], Plan]] = {
+    "truncate": _truncate,
+    "interpolate": _interpolate,
+    "importance": _importance,
+    "pca": _pca,
+}
 """student.initialise.width -> the rule."""
+
+Measure = Callable[[bool], Statistics]
+"""The teacher's statistics; the argument says whether the second moment of its stream is among them. Collective."""
+
+
+def needs_statistics(config: InitialiseConfig) -> bool:
+    """Whether one of the rules looks at the teacher's activations."""
+    return config.layers == "block_influence" or config.width in ("importance", "pca")
 
 
 def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, student: PretrainedConfig) -> None:
@@ -93,16 +134,36 @@ def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, stu
             "student.initialise: student.config turns positions otherwise than the teacher (rope_parameters "
             f"{_rope(student)}, the teacher's {_rope(teacher)}); use the teacher's values."
         )
+    if config.width == "pca":
+        check_rotatable(student)
     check_sizes(teacher=sizes_of(teacher), student=sizes_of(student))
     check_depth(student.num_hidden_layers, depth=teacher.num_hidden_layers, chosen=config.layers)
 
 
 def initialise_student(
-    model: PreTrainedModel, *, config: InitialiseConfig, teacher: ModelFolder, seed: int, ranks: Ranks
+    model: PreTrainedModel,
+    *,
+    config: InitialiseConfig,
+    teacher: ModelFolder,
+    seed: int,
+    ranks: Ranks,
+    measure: Measure | None = None,
 ) -> InitialisationReport:
-    """Fill the sharded student with what its teacher's checkpoint gives. A collective call. Errors: ConfigError."""
+    """Fill the sharded student with what its teacher's checkpoint gives. A collective call. Errors: ConfigError.
+
+    measure: called once where `needs_statistics` says so.
+    """
     check_initialise(config, teacher=teacher.config, student=model.config)
-    layers = _layers(config, count=model.config.num_hidden_layers, depth=teacher.config.num_hidden_layers)
+    statistics = None
+    if needs_statistics(config):
+        assert measure is not None
+        statistics = measure(config.width == "pca")
+    layers = _layers(
+        config,
+        count=model.config.num_hidden_layers,
+        depth=teacher.config.num_hidden_layers,
+        statistics=statistics,
+    )
     request = Request(
         config=config,
         model=model,
@@ -110,6 +171,7 @@ def initialise_student(
         teacher=sizes_of(teacher.config),
         student=sizes_of(model.config),
         layers=layers,
+        statistics=statistics,
     )
     plan = RULES[config.width](request)
     made = derivations(
@@ -142,14 +204,13 @@ def write_report(report: InitialisationReport, *, folder: Path, ranks: Ranks) ->
             write_json(folder / REPORT_FILE, value=report.as_mapping())
 
 
-def _layers(config: InitialiseConfig, *, count: int, depth: int) -> tuple[int, ...]:
+def _layers(config: InitialiseConfig, *, count: int, depth: int, statistics: Statistics | None) -> tuple[int, ...]:
     """The teacher's layer of each of the student's."""
     if not isinstance(config.layers, str):
         return config.layers
-    if config.layers not in LAYER_RULES:
-        raise ConfigError(
-            f"student.initialise.layers = {config.layers!r}: must be {', '.join(LAYER_RULES)} or a list of layers."
-        )
+    if config.layers == "block_influence":
+        assert statistics is not None
+        return influential_layers(statistics.influence_N, keep=count)
     return LAYER_RULES[config.layers](count, depth=depth)
 
 

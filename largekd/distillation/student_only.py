@@ -1,16 +1,20 @@
 """The student of a run before its first step, as a plain Hugging Face folder."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from largekd.checkpoint.export import write_export
 from largekd.config.checks import check_world
 from largekd.config.placement import read_placements
 from largekd.config.render import render_config
 from largekd.config.run import RunConfig
+from largekd.distillation.calibrate import calibrate
+from largekd.distillation.data import build_data
 from largekd.distillation.models import build_student, find_sources
 from largekd.engine.ds_config import train_ds_config
 from largekd.errors import ConfigError
 from largekd.initialisation.report import REPORT_FILE, InitialisationReport
+from largekd.initialisation.statistics import Statistics
 from largekd.models.build import DTYPES
 from largekd.models.export import save_extras, stream_tensors
 from largekd.runtime.files import write_json
@@ -42,16 +46,37 @@ def write_student(config: RunConfig, *, output: str) -> Path:
 
 
 def _write(config: RunConfig, *, target: Path, ranks: Ranks) -> None:
+    placements = read_placements(config)
     ds_config = train_ds_config(
-        read_placements(config).student,
+        placements.student,
         train=config.train,
         optim=config.optim,
         accumulation=check_world(config, world_size=ranks.world_size),
         world_size=ranks.world_size,
     )
-    sources = find_sources(config, first=lambda: MainFirst(ranks=ranks))
+
+    def first() -> MainFirst:
+        return MainFirst(ranks=ranks)
+
+    sources = find_sources(config, first=first)
+
+    def measure(moment: bool) -> Statistics:
+        with TemporaryDirectory() as scratch:
+            data = build_data(config, sources=sources, ranks=ranks, folder=Path(scratch), first=first)
+            return calibrate(
+                config,
+                sources=sources,
+                rows=data.first_rows,
+                placements=placements,
+                decoder=None,
+                ranks=ranks,
+                moment=moment,
+            )
+
     reports: list[InitialisationReport] = []
-    student = build_student(config, sources=sources, ds_config=ds_config, ranks=ranks, report_to=reports.append)
+    student = build_student(
+        config, sources=sources, ds_config=ds_config, ranks=ranks, measure=measure, report_to=reports.append
+    )
     dtype = DTYPES[config.export.dtype or config.train.precision]
 
     def extras(pending: Path) -> None:
