@@ -7,21 +7,24 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from largekd.sharding.layout import Layout
 from largekd.sharding.shards import gathered
 
 
 def stream_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter once, whole, under its Hugging Face name; tied ones under the first name.
+    """Every parameter once, under the name and in the parts that `save_pretrained` stores; tied ones under the first.
 
+    Experts that the model holds as one tensor come one by one, as other engines and the hub want them.
     A collective call: all ranks walk it to the end. A tensor is valid until the next one is asked for.
     """
+    layout = Layout(model)
     for name, parameter in model.named_parameters():
         with gathered([parameter]):
-            yield name, parameter.detach()
+            yield from layout.stored(name, parameter.detach())
     persistent = persistent_buffers(model)
     for name, buffer in model.named_buffers():
         if name in persistent:
-            yield name, buffer.detach()
+            yield from layout.stored(name, buffer.detach())
 
 
 def save_extras(
