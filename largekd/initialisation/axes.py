@@ -42,6 +42,8 @@ class StudentMaps:
     """The whole plan of a smaller student: `layers[i]` is the teacher's layer that layer i of the student comes from.
 
     Maps by layer are keyed by the student's layer; an axis without a map is taken as it is.
+    gains: by role, the factor of weights that read this axis (the head's stands in the final norm, for the sake of tied
+    embeddings); 1 where it is missing.
     """
 
     layers: tuple[int, ...]
@@ -50,3 +52,14 @@ class StudentMaps:
     ffn: Mapping[int, AxisMap] = field(default_factory=dict)
     heads: Mapping[int, AxisMap] = field(default_factory=dict)
     kv_heads: Mapping[int, AxisMap] = field(default_factory=dict)
+    gains: Mapping[Role, float] = field(default_factory=dict)
+
+    def of(self, role: Role, *, layer: int | None) -> AxisMap | None:
+        """The map of an axis of the student's `layer` (None: outside of the layers)."""
+        if role == "width":
+            return self.width
+        if role == "vocabulary":
+            return self.vocabulary
+        assert layer is not None
+        maps: dict[Role, Mapping[int, AxisMap]] = {"ffn": self.ffn, "heads": self.heads, "kv_heads": self.kv_heads}
+        return maps[role].get(layer)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -150,6 +150,16 @@ def load_parameters(module: nn.Module, *, folder: Path, rank: int, source_name: 
         loaded=tuple(alias for aliases in names.values() for alias in aliases),
         unused=unused,
     )
+
+
+@contextmanager
+def open_tensors(folder: Path, *, module: nn.Module) -> Iterator[Callable[[str], Tensor]]:
+    """A function that reads one whole tensor of the checkpoint in `folder` by the name it has in `module`'s family.
+
+    Errors: ConfigError when the folder holds no safetensors, or from the function when it lacks the tensor.
+    """
+    with StoredModel(folder, module=module) as stored:
+        yield stored.read
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
