@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from largekd.config.initialise_checks import check_initialisation
 from largekd.config.objective_checks import check_objective
 from largekd.config.remote_checks import check_remote
 from largekd.config.rollout_checks import check_rollouts
@@ -19,6 +20,7 @@ def check_config(config: RunConfig) -> list[str]:
         *_train(config),
         *check_mixture(config),
         *_student(config),
+        *check_initialisation(config),
         *_average(config),
         *_self_shared(config),
         *_objective(config),

@@ -16,6 +16,13 @@ class InitialiseConfig(Frozen):
     width: Literal["truncate", "interpolate", "importance", "pca"] = Field(
         "truncate", description="How hidden units, neurons and heads are reduced."
     )
+    gain: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="truncate, interpolate: weights that read an axis of length m shortened to n are multiplied by "
+        "(m / n) ** gain.",
+    )
     calibration_rows: int = Field(
         64, ge=1, description="Rows of data.train on which activations are measured, by the rules that need some."
     )

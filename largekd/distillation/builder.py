@@ -191,7 +191,7 @@ def _build_models(
     around: Surroundings | None,
 ) -> _Models:
     model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
-    student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
+    student = build_student(config, sources=sources, ds_config=trained, ranks=ranks, folder=folder, resumed=resumed)
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
     decoder = student if shared is not None else None if model is None else model.decoder
     pairs = find_pairs(

@@ -18,6 +18,7 @@ from largekd.config.teacher import (
     RemoteTeacherConfig,
 )
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
+from largekd.distillation.initialise import check_initialise, initialise_student
 from largekd.errors import ConfigError
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
 from largekd.models.decoder import Decoder, enable_checkpointing
@@ -82,6 +83,8 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     else:
         assert config.student.teacher_layers is not None
         student_config = config_with_layers(teacher.config, layers=config.student.teacher_layers)
+    if config.student.initialise is not None:
+        check_initialise(config.student.initialise, teacher=teacher.config, student=student_config)
     teacher_tokenizer = tokenizer
     if student is not None:
         tokenizer = load_tokenizer(str(student.path), trust_remote_code=student.trust_remote_code, key="student.model")
@@ -159,8 +162,20 @@ def build_teacher(
     return Decoder(model=model)
 
 
-def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any], ranks: Ranks) -> Decoder:
-    """The sharded student: pretrained, some layers of a pretrained model, random, or made of the teacher's layers."""
+def build_student(
+    config: RunConfig,
+    *,
+    sources: Sources,
+    ds_config: Mapping[str, Any],
+    ranks: Ranks,
+    folder: Path | None = None,
+    resumed: bool = False,
+) -> Decoder:
+    """The sharded student: pretrained, some layers of a pretrained model, random, or made of the teacher.
+
+    folder: of the run, for the report of an initialisation, which a resumed run does not repeat: its checkpoint
+    replaces whatever weights are drawn here. A collective call.
+    """
     model = build_model(
         sources.student_config,
         ds_config=ds_config,
@@ -172,7 +187,16 @@ def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
         load_layers(model, folder=sources.student.path, rank=ranks.rank, layers=config.student.layers)
     elif sources.student is not None:
         load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
-    elif config.student.config is not None:
+    elif config.student.initialise is not None and not resumed:
+        initialise_student(
+            model,
+            config=config.student.initialise,
+            teacher=sources.teacher,
+            seed=config.train.seed,
+            ranks=ranks,
+            folder=folder,
+        )
+    elif config.student.teacher_layers is None:
         initialise_randomly(model, seed=config.train.seed, rank=ranks.rank)
     else:
         assert config.student.teacher_layers is not None
@@ -207,8 +231,8 @@ def _find_teacher(config: RunConfig, *, student: ModelFolder | None, first: Firs
         case OnlineTeacherConfig():
             return _find(teacher.model, config=teacher, key=key, first=first), key
         case RemoteTeacherConfig():
-            # Only a student that is made of the teacher's layers reads its weights.
-            weights = config.student.teacher_layers is not None
+            # Only a student that is made of the teacher reads its weights.
+            weights = config.student.teacher_layers is not None or config.student.initialise is not None
             return _find(teacher.model, config=teacher, key=key, first=first, weights=weights), key
         case CachedTeacherConfig(model=str() as model):
             return _find(model, config=teacher, key=key, first=first), key

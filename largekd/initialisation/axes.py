@@ -63,3 +63,10 @@ class StudentMaps:
         assert layer is not None
         maps: dict[Role, Mapping[int, AxisMap]] = {"ffn": self.ffn, "heads": self.heads, "kv_heads": self.kv_heads}
         return maps[role].get(layer)
+
+
+def evenly_spaced(count: int, *, of: int) -> tuple[int, ...]:
+    """`count` of the places 0 … of − 1 at equal distances with both ends (one place: the first); halves go down."""
+    if count == 1:
+        return (0,)
+    return tuple((2 * index * (of - 1) + count - 2) // (2 * (count - 1)) for index in range(count))

@@ -1,0 +1,163 @@
+"""The first weights of a student of another shape: which rule makes them, and of what."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from largekd.config.initialise import InitialiseConfig
+from largekd.errors import ConfigError
+from largekd.initialisation.axes import StudentMaps
+from largekd.initialisation.derive import Derivation, Prepare, as_stored, derivations
+from largekd.initialisation.fill import fill_from
+from largekd.initialisation.layers import LAYER_RULES, check_depth
+from largekd.initialisation.report import REPORT_FILE, InitialisationReport
+from largekd.initialisation.sizes import Sizes, sizes_of
+from largekd.initialisation.width import check_sizes, plain_maps
+from largekd.models.source import ModelFolder
+from largekd.runtime.files import write_json
+from largekd.runtime.ranks import Ranks, Together
+
+logger = logging.getLogger(__name__)
+
+# What weights are made for: with another value the same numbers are another function.
+_MUST_AGREE = ("hidden_act", "hidden_activation", "partial_rotary_factor", "use_parallel_residual")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a rule is given: both shapes, the teacher's layers that are kept, and the configuration."""
+
+    config: InitialiseConfig
+    model: PreTrainedModel
+    teacher_config: PretrainedConfig
+    teacher: Sizes
+    student: Sizes
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rule answers; the last two are for `derivations`."""
+
+    maps: StudentMaps
+    prepare: Prepare = as_stored
+    given: Mapping[str, Derivation | None] = field(default_factory=dict)
+
+
+def _truncate(request: Request) -> Plan:
+    return Plan(_plain(request, even=False))
+
+
+def _interpolate(request: Request) -> Plan:
+    return Plan(_plain(request, even=True))
+
+
+def _plain(request: Request, *, even: bool) -> StudentMaps:
+    return plain_maps(
+        teacher=request.teacher,
+        student=request.student,
+        layers=request.layers,
+        even=even,
+        gain=request.config.gain,
+    )
+
+
+RULES: Mapping[str, Callable[[Request], Plan]] = {"truncate": _truncate, "interpolate": _interpolate}
+"""student.initialise.width -> the rule."""
+
+
+def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, student: PretrainedConfig) -> None:
+    """What can be told from the two configurations, before any weight is read.
+
+    Errors: ConfigError for another family, a shape that cannot be made of the teacher's, or layers that do not exist.
+    """
+    if config.width not in RULES:
+        raise ConfigError(f"student.initialise.width = {config.width!r}: must be one of {', '.join(RULES)}.")
+    if teacher.model_type != student.model_type:
+        raise ConfigError(
+            f"student.initialise: a {student.model_type!r} student cannot be made of a {teacher.model_type!r} teacher; "
+            f"set model_type of student.config to {teacher.model_type!r} or remove student.initialise."
+        )
+    for name in _MUST_AGREE:
+        theirs, ours = getattr(teacher, name, None), getattr(student, name, None)
+        if theirs != ours:
+            raise ConfigError(
+                f"student.initialise: student.config has {name} = {ours!r} and the teacher {theirs!r}; the teacher's "
+                "weights mean another function with it. Use the teacher's value."
+            )
+    if _rope(teacher) != _rope(student):
+        raise ConfigError(
+            "student.initialise: student.config turns positions otherwise than the teacher (rope_parameters "
+            f"{_rope(student)}, the teacher's {_rope(teacher)}); use the teacher's values."
+        )
+    check_sizes(teacher=sizes_of(teacher), student=sizes_of(student))
+    check_depth(student.num_hidden_layers, depth=teacher.num_hidden_layers, chosen=config.layers)
+
+
+def initialise_student(
+    model: PreTrainedModel,
+    *,
+    config: InitialiseConfig,
+    teacher: ModelFolder,
+    seed: int,
+    ranks: Ranks,
+    folder: Path | None,
+) -> InitialisationReport:
+    """Fill the sharded student with what its teacher's checkpoint gives; the report goes into `folder`, if any.
+
+    A collective call. Errors: ConfigError.
+    """
+    check_initialise(config, teacher=teacher.config, student=model.config)
+    layers = _layers(config, count=model.config.num_hidden_layers, depth=teacher.config.num_hidden_layers)
+    request = Request(
+        config=config,
+        model=model,
+        teacher_config=teacher.config,
+        teacher=sizes_of(teacher.config),
+        student=sizes_of(model.config),
+        layers=layers,
+    )
+    plan = RULES[config.width](request)
+    made = derivations(
+        model,
+        maps=plan.maps,
+        teacher_config=teacher.config,
+        seed=seed,
+        prepare=plan.prepare,
+        given=plan.given,
+    )
+    report = fill_from(model, derivations=made, folder=teacher.path, rank=ranks.rank, seed=seed)
+    report = replace(
+        report,
+        plan={
+            "teacher": str(teacher.path),
+            "layers": list(layers),
+            "gains": dict(plan.maps.gains),
+            **config.model_dump(mode="json", exclude={"layers"}),
+        },
+    )
+    logger.info("student: %s", report.in_words())
+    if folder is not None:
+        with Together():
+            if ranks.is_main:
+                write_json(folder / REPORT_FILE, value=report.as_mapping())
+    return report
+
+
+def _layers(config: InitialiseConfig, *, count: int, depth: int) -> tuple[int, ...]:
+    """The teacher's layer of each of the student's."""
+    if not isinstance(config.layers, str):
+        return config.layers
+    if config.layers not in LAYER_RULES:
+        raise ConfigError(
+            f"student.initialise.layers = {config.layers!r}: must be {', '.join(LAYER_RULES)} or a list of layers."
+        )
+    return LAYER_RULES[config.layers](count, depth=depth)
+
+
+def _rope(config: PretrainedConfig) -> dict[str, object]:
+    found = getattr(config, "rope_parameters", None) or {}
+    return {key: value for key, value in found.items() if value is not None}
