@@ -1,5 +1,6 @@
 """What the ranks do in test_loading."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -107,3 +108,10 @@ def exported(*, folder: str, target: str) -> None:
         save_extras=model.config.save_pretrained,
         ranks=ranks,
     )
+
+
+def two_of_an_unknown_family(*, folder: str, module: str) -> list[bool]:
+    """Whether the experts of two models have what their class's decorator gives them; `module` must be new here."""
+    assert module not in sys.modules
+    models = [build(folder) for _ in range(2)]
+    return [hasattr(model.model.layers[0].mlp.experts, "config") for model in models]

@@ -17,6 +17,7 @@ from largekd.contracts import Batch
 from largekd.data.loader import RowLoader
 from largekd.distillation.cache_binding import check_teacher_data
 from largekd.distillation.data import RunData, build_data
+from largekd.distillation.expert_loads import loads_of
 from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student, find_sources
@@ -191,7 +192,15 @@ def _build_models(
     around: Surroundings | None,
 ) -> _Models:
     model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
-    student = build_student(config, sources=sources, ds_config=trained, ranks=ranks, folder=folder, resumed=resumed)
+    student = build_student(
+        config,
+        sources=sources,
+        ds_config=trained,
+        ranks=ranks,
+        folder=folder,
+        resumed=resumed,
+        loads=loads_of(model, config=config, rows=data.first_rows),
+    )
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
     decoder = student if shared is not None else None if model is None else model.decoder
     pairs = find_pairs(

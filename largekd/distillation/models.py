@@ -18,7 +18,7 @@ from largekd.config.teacher import (
     RemoteTeacherConfig,
 )
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
-from largekd.distillation.initialise import check_initialise, initialise_student
+from largekd.distillation.initialise import Loads, check_initialise, initialise_student
 from largekd.errors import ConfigError
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
 from largekd.models.decoder import Decoder, enable_checkpointing
@@ -170,11 +170,12 @@ def build_student(
     ranks: Ranks,
     folder: Path | None = None,
     resumed: bool = False,
+    loads: Loads | None = None,
 ) -> Decoder:
     """The sharded student: pretrained, some layers of a pretrained model, random, or made of the teacher.
 
     folder: of the run, for the report of an initialisation, which a resumed run does not repeat: its checkpoint
-    replaces whatever weights are drawn here. A collective call.
+    replaces whatever weights are drawn here. loads: see `initialise_student`. A collective call.
     """
     model = build_model(
         sources.student_config,
@@ -195,6 +196,7 @@ def build_student(
             seed=config.train.seed,
             ranks=ranks,
             folder=folder,
+            loads=loads,
         )
     elif config.student.teacher_layers is None:
         initialise_randomly(model, seed=config.train.seed, rank=ranks.rank)

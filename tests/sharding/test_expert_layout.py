@@ -4,8 +4,8 @@ import pytest
 import torch
 from moe_models import FAMILIES, save_moe
 from safetensors.torch import load_file, save_file
-from sharding_jobs import exported, loaded_weights
-from transformers import AutoModelForCausalLM
+from sharding_jobs import exported, loaded_weights, two_of_an_unknown_family
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from largekd.errors import ConfigError
 from largekd.sharding.layout import Layout
@@ -88,3 +88,18 @@ def test_dense_names_are_what_they_were(tmp_path):
     )
     for name, value in model.named_parameters():
         assert [stored for stored, _ in Layout(model).stored(name, value)] == [name]
+
+
+def test_a_second_model_of_a_family_is_like_the_first(one_rank, tmp_path):
+    """Classes that were first imported while ZeRO-3 partitions lost their decorators afterwards."""
+    AutoConfig.for_model(
+        "flex_olmo",
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_experts=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    ).save_pretrained(tmp_path)
+    module = "transformers.models.flex_olmo.modeling_flex_olmo"
+    assert one_rank.run(two_of_an_unknown_family, folder=str(tmp_path), module=module) == [[True, True]]
