@@ -43,7 +43,6 @@ def initialised(
         teacher=ModelFolder(path=Path(teacher), config=theirs, trust_remote_code=False),
         seed=3,
         ranks=Ranks(rank=dist.get_rank(), world_size=dist.get_world_size()),
-        folder=None,
         loads=partial(measured, folder=teacher) if watch else None,
     )
     return whole(model), report.as_mapping()

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from largekd.data.loader import RowLoader
 from largekd.distillation.cache_binding import check_teacher_data
 from largekd.distillation.data import RunData, build_data
 from largekd.distillation.expert_loads import loads_of
+from largekd.distillation.initialise import write_report
 from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student, find_sources
@@ -197,8 +199,8 @@ def _build_models(
         sources=sources,
         ds_config=trained,
         ranks=ranks,
-        folder=folder,
         resumed=resumed,
+        report_to=partial(write_report, folder=folder, ranks=ranks),
         loads=loads_of(model, config=config, rows=data.first_rows),
     )
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)

@@ -113,10 +113,9 @@ def initialise_student(
     teacher: ModelFolder,
     seed: int,
     ranks: Ranks,
-    folder: Path | None,
     loads: Loads | None = None,
 ) -> InitialisationReport:
-    """Fill the sharded student with what its teacher's checkpoint gives; the report goes into `folder`, if any.
+    """Fill the sharded student with what its teacher's checkpoint gives.
 
     loads: measures how much the teacher's routers use each expert; None where no teacher can run in this job.
     A collective call. Errors: ConfigError.
@@ -152,11 +151,8 @@ def initialise_student(
             **config.model_dump(mode="json", exclude={"layers"}),
         },
     )
-    logger.info("student: %s", report.in_words())
-    if folder is not None:
-        with Together():
-            if ranks.is_main:
-                write_json(folder / REPORT_FILE, value=report.as_mapping())
+    if ranks.is_main:
+        logger.info("student: %s", report.in_words())
     return report
 
 
@@ -187,6 +183,13 @@ def _names(model: PreTrainedModel, teacher: ModelFolder) -> PreTrainedModel | No
     if teacher.config.model_type == model.config.model_type:
         return None
     return skeleton(teacher.config, trust_remote_code=teacher.trust_remote_code)
+
+
+def write_report(report: InitialisationReport, *, folder: Path, ranks: Ranks) -> None:
+    """initialisation.json in a run's folder. A collective call."""
+    with Together():
+        if ranks.is_main:
+            write_json(folder / REPORT_FILE, value=report.as_mapping())
 
 
 def _layers(config: InitialiseConfig, *, count: int, depth: int) -> tuple[int, ...]:

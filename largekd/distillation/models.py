@@ -20,6 +20,7 @@ from largekd.config.teacher import (
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
 from largekd.distillation.initialise import Loads, check_initialise, initialise_student
 from largekd.errors import ConfigError
+from largekd.initialisation.report import InitialisationReport
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
 from largekd.models.decoder import Decoder, enable_checkpointing
 from largekd.models.source import ModelFolder, find_model, read_config
@@ -168,14 +169,14 @@ def build_student(
     sources: Sources,
     ds_config: Mapping[str, Any],
     ranks: Ranks,
-    folder: Path | None = None,
     resumed: bool = False,
+    report_to: Callable[[InitialisationReport], None] = lambda report: None,
     loads: Loads | None = None,
 ) -> Decoder:
     """The sharded student: pretrained, some layers of a pretrained model, random, or made of the teacher.
 
-    folder: of the run, for the report of an initialisation, which a resumed run does not repeat: its checkpoint
-    replaces whatever weights are drawn here. loads: see `initialise_student`. A collective call.
+    report_to: takes the report of an initialisation, which a resumed run does not repeat: its checkpoint replaces
+    whatever weights are drawn here. loads: see `initialise_student`. A collective call.
     """
     model = build_model(
         sources.student_config,
@@ -189,14 +190,15 @@ def build_student(
     elif sources.student is not None:
         load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
     elif config.student.initialise is not None and not resumed:
-        initialise_student(
-            model,
-            config=config.student.initialise,
-            teacher=sources.teacher,
-            seed=config.train.seed,
-            ranks=ranks,
-            folder=folder,
-            loads=loads,
+        report_to(
+            initialise_student(
+                model,
+                config=config.student.initialise,
+                teacher=sources.teacher,
+                seed=config.train.seed,
+                ranks=ranks,
+                loads=loads,
+            )
         )
     elif config.student.teacher_layers is None:
         initialise_randomly(model, seed=config.train.seed, rank=ranks.rank)

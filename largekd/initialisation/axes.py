@@ -42,8 +42,9 @@ class StudentMaps:
     """The whole plan of a smaller student: `layers[i]` is the teacher's layer that layer i of the student comes from.
 
     Maps by layer are keyed by the student's layer; an axis without a map is taken as it is.
-    gains: by role, the factor of weights that read this axis (the head's stands in the final norm, for the sake of tied
-    embeddings); 1 where it is missing.
+    gains: by role, the factor of weights that read this axis; 1 where it is missing. That of the width takes back what
+    a norm over fewer units does: it stands in the weights behind such a norm, for the head in the final norm (the head
+    may be tied), and where a norm writes to the stream in that norm.
     """
 
     layers: tuple[int, ...]

@@ -23,6 +23,10 @@ Read = Callable[[str], Tensor]
 _SCALED_EMBEDDINGS = frozenset({"gemma", "gemma2", "gemma3_text"})
 # Their norms multiply by 1 + weight.
 _CENTRED_NORMS = _SCALED_EMBEDDINGS
+# Their norms stand behind attention and MLP, and so divide what is written to the stream by fewer units; the second
+# kind has no others: attention and MLP read the stream as it is.
+_NORMS_BEHIND = frozenset({"gemma2", "gemma3_text", "olmo2", "olmo3"})
+_ONLY_NORMS_BEHIND = frozenset({"olmo2", "olmo3"})
 
 
 @dataclass(frozen=True)
@@ -134,17 +138,21 @@ class _Plan:
         )
 
     def _gain(self, name: str, *, axes: tuple[Axis, ...], layer: int | None) -> float:
-        """What a tensor is multiplied by: the gain of the axis it reads."""
-        embedding_gain = 1.0
-        if self._model_type in _SCALED_EMBEDDINGS:
-            embedding_gain = math.sqrt(self._teacher.width / self._student.width)
+        """What a tensor is multiplied by: the gain of the axis it reads, or of the axis that its norm divides by."""
+        width = self._maps.gains.get("width", 1.0)
         if layer is not None:
-            role = axes[-1].role if len(axes) > 1 else None
-            return 1.0 if role is None else self._maps.gains.get(role, 1.0)
-        if axes == (WIDTH,):
-            # The head reads the final norm; a tied one has the embedding's factor already.
-            return self._maps.gains.get("width", 1.0) / embedding_gain
-        return embedding_gain if len(axes) == 2 else 1.0
+            if len(axes) == 1:
+                behind = self._model_type in _NORMS_BEHIND and ".post_" in name and name.endswith("norm.weight")
+                return width if behind else 1.0
+            role = axes[-1].role
+            if role is None or (role == "width" and self._model_type in _ONLY_NORMS_BEHIND):
+                return 1.0
+            return self._maps.gains.get(role, 1.0)
+        embedding = 1.0
+        if self._model_type in _SCALED_EMBEDDINGS:
+            embedding = math.sqrt(self._teacher.width / self._student.width)
+        # The head reads the final norm; tied to the embedding it has that one's factor already.
+        return width / embedding if axes == (WIDTH,) else embedding if len(axes) == 2 else 1.0
 
     def _is_centred_norm(self, name: str) -> bool:
         return self._model_type in _CENTRED_NORMS and name.endswith("norm.weight")
