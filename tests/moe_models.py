@@ -43,3 +43,23 @@ def save_moe(folder: Path, family: str, *, seed: int, experts: int = 4, active: 
                 parameter.normal_(std=0.5)
     model.save_pretrained(folder)
     return folder
+
+
+def shape_like(teacher: Path, target: Path, family: str, **changes) -> Path:
+    """config.json of a family with the teacher's sizes and other `changes`."""
+    tree = AutoConfig.from_pretrained(teacher).to_dict()
+    kept = {key: tree[key] for key in (
+        "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+        "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range",
+    )}  # fmt: skip
+    AutoConfig.for_model(family, **{**kept, **changes}).save_pretrained(target)
+    return target
+
+
+def mixture(*, experts: int, active: int, width: int, **changes) -> dict:
+    """The keys that say it in either family."""
+    return {
+        "num_experts": experts, "num_local_experts": experts, "num_experts_per_tok": active,
+        "moe_intermediate_size": width, "norm_topk_prob": True, **changes,
+    }  # fmt: skip
