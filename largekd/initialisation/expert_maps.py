@@ -33,8 +33,8 @@ def merged(loads: LayerLoads, *, count: int) -> Mix:
     """(count, X): averages of groups of experts whose router logits go together.
 
     The two groups with the largest mean similarity become one until `count` are left. An expert counts by its load in
-    the average; a group without any load is averaged evenly. Neurons are not permuted: experts that were trained apart
-    have theirs in other orders, and their average is worse than choosing.
+    the average; a group without any load is averaged evenly. Neurons are not permuted: those of
+    experts that were trained apart stand in unrelated orders.
     Source: Chen et al. 2024, arXiv 2410.08589 (clustering with average linkage, there of the experts' outputs).
     """
     members_GX = torch.eye(len(loads.weight_X), dtype=torch.float64)

@@ -81,7 +81,8 @@ def check_experts(config: ExpertsConfig, *, teacher: PretrainedConfig, student: 
     if before is None and after is None:
         return
     for config_of, shape, place in ((teacher, before, "the teacher"), (student, after, "student.config")):
-        if shape is not None and config_of.model_type not in _DENSE_OF:
+        # Equal experts need no map: the rules of the other axes make them, in any family they know.
+        if shape is not None and before != after and config_of.model_type not in _DENSE_OF:
             raise ConfigError(
                 f"student.initialise: {place} is a {config_of.model_type!r} model; experts are mapped for "
                 f"{', '.join(sorted(_DENSE_OF))}. Remove student.initialise or choose one of these."
