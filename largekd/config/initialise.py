@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from largekd.config.common import Frozen
+from largekd.config.experts import ExpertsConfig
 
 
 class InitialiseConfig(Frozen):
@@ -22,6 +23,9 @@ class InitialiseConfig(Frozen):
         le=1,
         description="truncate, interpolate: weights that read an axis of length m shortened to n are multiplied by "
         "(m / n) ** gain.",
+    )
+    experts: ExpertsConfig = Field(
+        ExpertsConfig(), description="Where teacher and student differ in their experts; see each key."
     )
     calibration_rows: int = Field(
         64, ge=1, description="Rows of data.train on which activations are measured, by the rules that need some."

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from largekd.distillation.backbone import BackboneModel
 from largekd.distillation.cache_binding import check_teacher_data, stored_layers
 from largekd.distillation.calibrate import calibrate
 from largekd.distillation.data import RunData, build_data
+from largekd.distillation.expert_loads import loads_of
 from largekd.distillation.groups import check_parameters, note_groups
-from largekd.distillation.initialise import write_report
 from largekd.distillation.layer_drop import LayerDrop, build_layer_drop, reduced_depths
 from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel
@@ -214,7 +213,6 @@ def _build_models(
     around: Surroundings | None,
 ) -> _Models:
     model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
-    report_to = partial(write_report, folder=folder, ranks=ranks)
     student = build_student(
         config,
         sources=sources,
@@ -231,6 +229,7 @@ def _build_models(
             moment=moment,
         ),
         report_to=report_to,
+        loads=loads_of(model, config=config, rows=data.first_rows),
     )
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
     within = shared is not None or config.teacher.kind == "base"

@@ -10,7 +10,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from largekd.config.initialise import InitialiseConfig
 from largekd.errors import ConfigError
 from largekd.initialisation.axes import StudentMaps
-from largekd.initialisation.derive import Derivation, Prepare, as_stored, derivations
+from largekd.initialisation.derive import Derivation, Prepare, as_stored, derivations, rule_of_names
+from largekd.initialisation.expert_maps import LayerLoads
+from largekd.initialisation.expert_shapes import check_experts, mapped_sizes, needs_loads, same_family
+from largekd.initialisation.experts import expert_derivations
 from largekd.initialisation.fill import fill_from
 from largekd.initialisation.importance import importance_maps
 from largekd.initialisation.influence import influential_layers
@@ -20,6 +23,7 @@ from largekd.initialisation.rotation import check_rotatable, fold_norms, rotated
 from largekd.initialisation.sizes import Sizes, sizes_of
 from largekd.initialisation.statistics import Statistics
 from largekd.initialisation.width import check_sizes, plain_maps
+from largekd.models.build import skeleton
 from largekd.models.source import ModelFolder
 from largekd.runtime.files import write_json
 from largekd.runtime.ranks import Ranks, Together
@@ -28,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 # What weights are made for: with another value the same numbers are another function.
 _MUST_AGREE = ("hidden_act", "hidden_activation", "partial_rotary_factor", "use_parallel_residual")
+
+
+Loads = Callable[[], Mapping[int, LayerLoads]]
+"""Measures the loads of the teacher's experts; a collective call."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, stu
     """
     if config.width not in RULES:
         raise ConfigError(f"student.initialise.width = {config.width!r}: must be one of {', '.join(RULES)}.")
-    if teacher.model_type != student.model_type:
+    if not same_family(teacher, student):
         raise ConfigError(
             f"student.initialise: a {student.model_type!r} student cannot be made of a {teacher.model_type!r} teacher; "
             f"set model_type of student.config to {teacher.model_type!r} or remove student.initialise."
@@ -136,7 +144,8 @@ def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, stu
         )
     if config.width == "pca":
         check_rotatable(student)
-    check_sizes(teacher=sizes_of(teacher), student=sizes_of(student))
+    check_experts(config.experts, teacher=teacher, student=student)
+    check_sizes(teacher=sizes_of(teacher), student=mapped_sizes(config.experts, teacher=teacher, student=student))
     check_depth(student.num_hidden_layers, depth=teacher.num_hidden_layers, chosen=config.layers)
 
 
@@ -148,10 +157,12 @@ def initialise_student(
     seed: int,
     ranks: Ranks,
     measure: Measure | None = None,
+    loads: Loads | None = None,
 ) -> InitialisationReport:
     """Fill the sharded student with what its teacher's checkpoint gives. A collective call. Errors: ConfigError.
 
     measure: called once where `needs_statistics` says so.
+    loads: measures how much the teacher's routers use each expert; None where no teacher can run in this job.
     """
     check_initialise(config, teacher=teacher.config, student=model.config)
     statistics = None
@@ -169,7 +180,7 @@ def initialise_student(
         model=model,
         teacher_config=teacher.config,
         teacher=sizes_of(teacher.config),
-        student=sizes_of(model.config),
+        student=mapped_sizes(config.experts, teacher=teacher.config, student=model.config),
         layers=layers,
         statistics=statistics,
     )
@@ -180,9 +191,11 @@ def initialise_student(
         teacher_config=teacher.config,
         seed=seed,
         prepare=plan.prepare,
-        given=plan.given,
+        given={**plan.given, **_experts(request, plan=plan, loads=loads, seed=seed)},
     )
-    report = fill_from(model, derivations=made, folder=teacher.path, rank=ranks.rank, seed=seed)
+    report = fill_from(
+        model, derivations=made, folder=teacher.path, rank=ranks.rank, seed=seed, teacher=_names(model, teacher)
+    )
     report = replace(
         report,
         plan={
@@ -195,6 +208,35 @@ def initialise_student(
     if ranks.is_main:
         logger.info("student: %s", report.in_words())
     return report
+
+
+def _experts(request: Request, *, plan: Plan, loads: Loads | None, seed: int) -> dict[str, Derivation]:
+    """The MLPs of layers in which teacher and student differ in their experts."""
+    config, teacher, student = request.config.experts, request.teacher_config, request.model.config
+    measured: Mapping[int, LayerLoads] = {}
+    if needs_loads(config, teacher=teacher, student=student):
+        if loads is None:
+            raise ConfigError(
+                "student.initialise.experts: the teacher's routers must be watched on data.train, and in this job no "
+                "teacher with weights runs; use teacher.kind = 'online', or name the experts in fewer."
+            )
+        measured = loads()
+    return expert_derivations(
+        request.model,
+        config=config,
+        teacher_config=teacher,
+        layers=request.layers,
+        rule=rule_of_names(request.model, maps=plan.maps, teacher_config=teacher, prepare=plan.prepare),
+        loads=measured,
+        seed=seed,
+    )
+
+
+def _names(model: PreTrainedModel, teacher: ModelFolder) -> PreTrainedModel | None:
+    """Something that names the teacher's tensors, where the student does not."""
+    if teacher.config.model_type == model.config.model_type:
+        return None
+    return skeleton(teacher.config, trust_remote_code=teacher.trust_remote_code)
 
 
 def write_report(report: InitialisationReport, *, folder: Path, ranks: Ranks) -> None:

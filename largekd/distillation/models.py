@@ -19,7 +19,7 @@ from largekd.config.teacher import (
 )
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
 from largekd.distillation.design import designed_config
-from largekd.distillation.initialise import Measure, check_initialise, initialise_student
+from largekd.distillation.initialise import Loads, Measure, check_initialise, initialise_student
 from largekd.errors import ConfigError
 from largekd.initialisation.report import InitialisationReport
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
@@ -178,12 +178,13 @@ def build_student(
     resumed: bool = False,
     measure: Measure | None = None,
     report_to: Callable[[InitialisationReport], None] = lambda report: None,
+    loads: Loads | None = None,
 ) -> Decoder:
     """The sharded student: pretrained, some layers of a pretrained model, random, or made of the teacher.
 
     measure: gives the teacher's statistics to the rules of initialisation that need them.
     report_to: takes the report of an initialisation, which a resumed run does not repeat: its checkpoint replaces
-    whatever weights are drawn here. A collective call.
+    whatever weights are drawn here. loads: see `initialise_student`. A collective call.
     """
     model = build_model(
         sources.student_config,
@@ -205,6 +206,7 @@ def build_student(
                 seed=config.train.seed,
                 ranks=ranks,
                 measure=measure,
+                loads=loads,
             )
         )
     elif config.student.teacher_layers is None:

@@ -77,6 +77,13 @@ def derivations(
     return made
 
 
+def rule_of_names(
+    model: PreTrainedModel, *, maps: StudentMaps, teacher_config: PretrainedConfig, prepare: Prepare = as_stored
+) -> Callable[[str], Derivation]:
+    """Student's name -> derivation, also of tensors that the student has not, such as the MLP that becomes experts."""
+    return _Plan(model=model, maps=maps, teacher_config=teacher_config, prepare=prepare).derivation
+
+
 class _Plan:
     """The maps, applied name by name."""
 

@@ -16,18 +16,25 @@ from largekd.sharding.stream import open_tensors, persistent_buffers
 
 
 def fill_from(
-    model: PreTrainedModel, *, derivations: Mapping[str, Derivation], folder: Path, rank: int, seed: int
+    model: PreTrainedModel,
+    *,
+    derivations: Mapping[str, Derivation],
+    folder: Path,
+    rank: int,
+    seed: int,
+    teacher: nn.Module | None = None,
 ) -> InitialisationReport:
     """Give every parameter of `model` its first value, made of tensors of the checkpoint in `folder`.
 
     Parameters without a derivation are drawn as the model's family draws them, the same values for one seed on any
-    number of ranks. A rank holds one derivation's tensors at a time. A collective call.
+    number of ranks. teacher: a module that names its tensors, where it is of another family than the model; its weights
+    are not looked at. A rank holds one derivation's tensors at a time. A collective call.
     Errors: ConfigError for a tensor that the checkpoint lacks, or one that comes out in another shape than the model's.
     """
     parameters = dict(model.named_parameters())
     draw_missing(model, made=derivations, seed=seed, rank=rank)
     entries = []
-    with open_tensors(folder, module=model) as read:
+    with open_tensors(folder, module=model if teacher is None else teacher) as read:
         for name, parameter in parameters.items():
             derivation = derivations.get(name)
             if derivation is not None:

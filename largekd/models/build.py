@@ -53,6 +53,13 @@ def build_model(
     return model
 
 
+def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of this shape without weights: its names and shapes."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
 def load_pretrained(model: PreTrainedModel, *, folder: Path, rank: int) -> LoadReport:
     """Fill the model from its own checkpoint.
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from largekd.sharding.pieces import Pieces
+
 _BUILD_LOCK = threading.Lock()
 
 
@@ -138,7 +140,7 @@ def resident_bytes(module: nn.Module) -> int:
     return total
 
 
-def write_shard(parameter: Any, value: Tensor, *, rank: int) -> None:
+def write_shard(parameter: Any, value: Tensor | Pieces, *, rank: int) -> None:
     """Copy this rank's part of `value` (the whole tensor, any dtype, usually a mapped file) into its shard.
 
     No communication, and no more of `value` is read than the shard needs. A shard that lives on NVMe is not in
@@ -147,19 +149,28 @@ def write_shard(parameter: Any, value: Tensor, *, rank: int) -> None:
     assert full_shape(parameter) == value.shape
     if not is_sharded(parameter):
         with torch.no_grad():
-            parameter.copy_(value)
+            parameter.copy_(_whole(value))
         return
     shard = parameter.ds_tensor
     if shard.numel() == 0 or shard.final_location is not None:
         with gathered([parameter], modifier_rank=0):
             if rank == 0:
                 with torch.no_grad():
-                    parameter.copy_(value)
+                    parameter.copy_(_whole(value))
         return
-    start = min(rank * shard.numel(), value.numel())
-    stop = min(start + shard.numel(), value.numel())
+    total = value.shape.numel()
+    start = min(rank * shard.numel(), total)
+    stop = min(start + shard.numel(), total)
     with torch.no_grad():
-        shard[: stop - start].copy_(value.reshape(-1)[start:stop])
+        if isinstance(value, Pieces):
+            for offset, part in value.span(start, stop):
+                shard[offset : offset + part.numel()].copy_(part)
+        else:
+            shard[: stop - start].copy_(value.reshape(-1)[start:stop])
+
+
+def _whole(value: Tensor | Pieces) -> Tensor:
+    return value.whole() if isinstance(value, Pieces) else value
 
 
 def register_external(module: nn.Module, parameter: Tensor) -> None:
