@@ -228,7 +228,7 @@ def _build_models(
             ranks=ranks,
             moment=moment,
         ),
-        report_to=report_to,
+        report_to=partial(write_report, folder=folder, ranks=ranks),
         loads=loads_of(model, config=config, rows=data.first_rows),
     )
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)

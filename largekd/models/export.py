@@ -15,8 +15,8 @@ from largekd.sharding.layout import Layout
 def stream_tensors(model: PreTrainedModel, *, layers: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Every parameter once, adapters merged, under the name and in the parts that `save_pretrained` stores.
 
-    Tied ones come under the first name. Experts that the model holds as one tensor come one by one, as other engines and
-    the hub want them.
+    Tied ones come under the first name. Experts that the model holds as one tensor come one by one, as other engines
+    and the hub want them.
     layers: of the decoder's layers only these, numbered anew; None: all.
     A collective call: all ranks walk it to the end. A tensor is valid until the next one is asked for.
     """
