@@ -38,7 +38,7 @@ COMES_WITH = {
 
 
 # What only launch/serve_teacher.py imports may use the extra `serve`.
-SERVING = {"teachers/server.py"}
+EXTRA_OF = {"teachers/server.py": "serve", "models/lora.py": "lora"}
 
 
 def _modules() -> list[Path]:
@@ -150,9 +150,8 @@ def test_imports_are_declared_dependencies() -> None:
     lines = declared["options"]["install_requires"].split("\n")
     names = {line.split()[0] for line in lines if line.strip()}
     extras = {
-        line.split()[0]
-        for line in declared["options.extras_require"]["serve"].split("\n")
-        if line.strip() and not line.startswith("#")
+        extra: {line.split()[0] for line in listed.split("\n") if line.strip() and not line.startswith("#")}
+        for extra, listed in declared["options.extras_require"].items()
     }
     wrong = set()
     for path in _modules():
@@ -160,7 +159,8 @@ def test_imports_are_declared_dependencies() -> None:
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top == "largekd":
                 continue
-            own = names | extras if path.relative_to(PACKAGE).as_posix() in SERVING else names
+            extra = EXTRA_OF.get(path.relative_to(PACKAGE).as_posix())
+            own = names if extra is None else names | extras[extra]
             if COMES_WITH.get(top, top) not in own:
                 wrong.add(f"{at(path, line)}: {top}")
     assert wrong == set()
