@@ -37,7 +37,7 @@ COMES_WITH = {
 }
 
 
-# What only launch/serve_teacher.py imports may use the extra `serve`.
+# What is imported only where the extra is asked for may use it.
 EXTRA_OF = {"teachers/server.py": "serve", "models/lora.py": "lora"}
 
 
