@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from largekd.distillation.calibrate import calibrate
 from largekd.distillation.data import RunData, build_data
 from largekd.distillation.expert_loads import loads_of
 from largekd.distillation.groups import check_parameters, note_groups
+from largekd.distillation.initialise import write_report
 from largekd.distillation.layer_drop import LayerDrop, build_layer_drop, reduced_depths
 from largekd.distillation.layers import check_deep_layers, decoder_shape, find_pairs
 from largekd.distillation.model import DistillModel

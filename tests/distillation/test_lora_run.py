@@ -63,7 +63,7 @@ def test_only_adapters_have_optimizer_state(straight):
     assert all(".lora_" in name for name in groups["default"]["parameters"])
 
 
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_bit_for_bit(straight, tiny_assets, two_ranks, tmp_path, dora):
     changes = {"train__activation_checkpointing": True, "student__lora__dora": dora}
     folder = straight[0]
