@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from largekd.config.freezing_checks import check_freezing
 from largekd.config.objective_checks import check_objective
 from largekd.config.remote_checks import check_remote
 from largekd.config.rollout_checks import check_rollouts
@@ -26,6 +27,7 @@ def check_config(config: RunConfig) -> list[str]:
         *_data(config),
         *check_rollouts(config),
         *check_remote(config.teacher),
+        *check_freezing(config),
     ]
 
 
@@ -48,7 +50,7 @@ def check_world(config: RunConfig, *, world_size: int) -> int:
 
 def _train(config: RunConfig) -> Iterator[str]:
     train = config.train
-    if train.max_steps is None and train.max_epochs is None:
+    if train.max_steps is None and train.max_epochs is None and not config.stages:
         yield "train.max_steps: set it or train.max_epochs, otherwise the run has no end"
 
 

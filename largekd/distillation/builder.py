@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from largekd.config.checks import check_world
 from largekd.config.divergence import TopKSignalConfig
@@ -30,11 +31,13 @@ from largekd.distillation.self_shared import (
     share_backbone,
     shared_objective,
 )
-from largekd.distillation.teachers import build_teacher_model, serve_teacher, teacher_ds_configs
+from largekd.distillation.teachers import TeacherModel, build_teacher_model, serve_teacher, teacher_ds_configs
+from largekd.engine.carried import Carried, by_updates, restore_optimizer, restore_shards, updates_of
 from largekd.engine.ds_config import train_ds_config
 from largekd.engine.train import TrainEngine
 from largekd.generation.rollouts import Rollouts
-from largekd.models.decoder import Decoder
+from largekd.models.decoder import Decoder, enable_checkpointing
+from largekd.models.frozen_layers import FrozenLayers, freeze_layers
 from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.layer_maps import LayerPair
 from largekd.objectives.plugins import load_plugins
@@ -70,25 +73,62 @@ class Parts:
     evaluation_batches: Callable[[], Iterator[Batch]] | None
     resumable: bool
     rollouts: Rollouts | None = None
+    teacher_model: TeacherModel | None = None
+    trainable: tuple[nn.Parameter, ...] = ()
+    updates: Mapping[str, int] = field(default_factory=dict)
+    thaw: Callable[[], None] | None = None
+
+    def named_trainables(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the engine's module under the names that a user knows."""
+        module = self.engine.module
+        assert isinstance(module, DistillModel)
+        return module.named_trainables()
 
     def close(self) -> None:
         """Take both engines down."""
         self.teacher.close()
+        self.leave()
+
+    def leave(self) -> None:
+        """Take down what is this phase's own: the student's engine and the hooks; all weights may learn again."""
         self.engine.close()
+        self.watch.close()
+        if self.thaw is not None:
+            self.thaw()
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
 
 
-def build(
+@dataclass(frozen=True)
+class Prepared:
+    """What a stage is built from, checked and read before any weight is touched."""
+
+    accumulation: int
+    placements: Placements
+    objective: Objective
+    sources: Sources
+    data: RunData
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What a phase takes over from the one before: the student, what its weights carry, and a teacher that stays."""
+
+    student: Decoder
+    carried: Mapping[str, Carried]
+    teacher: Teacher | None = None
+    teacher_model: TeacherModel | None = None
+
+
+def prepare(
     config: RunConfig,
     *,
     ranks: Ranks,
     folder: Path,
     control: dist.ProcessGroup | None = None,
-    resumed: bool = False,
-    around: Surroundings | None = None,
-) -> Parts:
-    """Build a run's parts, cheapest checks first. A collective call; `control` is for agreements that may take long.
-
-    resumed: a checkpoint will be loaded into the parts. around: what a teacher that may wait takes from the run.
+    row_seed: int | None = None,
+) -> Prepared:
+    """Check a stage and read its data, cheapest first. A collective call; `control` is for what may take long.
 
     Errors: any LargeKDError; the message names the key to change.
     """
@@ -103,14 +143,37 @@ def build(
     if config.teacher.kind == "self_shared":
         check_shared(config, model_config=sources.student_config)
         objective = shared_objective(objective)
-    data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first)
+    data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first, row_seed=row_seed)
     check_teacher_data(config, sources=sources, samples=data.samples)
+    return Prepared(accumulation, placements, objective, sources, data)
 
+
+def build(
+    config: RunConfig,
+    *,
+    prepared: Prepared,
+    ranks: Ranks,
+    folder: Path,
+    resumed: bool = False,
+    around: Surroundings | None = None,
+    frozen: FrozenLayers | None = None,
+    inherited: Inherited | None = None,
+    updates: Mapping[str, int] | None = None,
+) -> Parts:
+    """Build the parts of a phase. A collective call.
+
+    resumed: a checkpoint will be loaded into the parts, or an earlier phase of the stage has paired the layers. around:
+    what a teacher that may wait takes from the run. inherited: of the phase before; None: the run's first weights.
+    updates: of a checkpoint, see Journal; with `inherited` they follow from that.
+
+    Errors: any LargeKDError; the message names the key to change.
+    """
+    objective, sources, data, placements = prepared.objective, prepared.sources, prepared.data, prepared.placements
     trained = train_ds_config(
         placements.student,
         train=config.train,
         optim=config.optim,
-        accumulation=accumulation,
+        accumulation=prepared.accumulation,
         world_size=ranks.world_size,
     )
     models = _build_models(
@@ -124,6 +187,7 @@ def build(
         folder=folder,
         resumed=resumed,
         around=around,
+        inherited=inherited,
     )
     rollouts = build_rollouts(
         config,
@@ -142,16 +206,25 @@ def build(
     module = build_distill_model(
         objective, student=models.student, alignment=models.alignment, selection=selection, kind=models.kind
     )
+    trainable = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
+    thaw = None if frozen is None else freeze_layers(models.student.model, frozen=frozen)
     groups = build_groups(module.named_trainables(), config=config.optim)
+    if inherited is not None:
+        updates = updates_of(module.named_trainables(), carried=inherited.carried)
+        restore_shards(_own_of_losses(module), carried=inherited.carried)
+    groups = by_updates(groups, updates=updates or {})
     if ranks.is_main:
         logger.info("learning-rate groups:\n%s", describe_groups(groups))
+    engine = TrainEngine(module=module, groups=groups, ds_config=trained)
+    if inherited is not None:
+        restore_optimizer(module.named_trainables(), carried=inherited.carried)
     return Parts(
         config=config,
         ranks=ranks,
         device=device(),
         sources=sources,
         student=models.student,
-        engine=TrainEngine(module=module, groups=groups, ds_config=trained),
+        engine=engine,
         teacher=models.teacher,
         objective=objective,
         alignment=models.alignment,
@@ -162,7 +235,17 @@ def build(
         # Restored by DeepSpeed without learning rate and moments, and without an error.
         resumable=offload_device(placements.student, "offload_optimizer") != "nvme",
         rollouts=rollouts,
+        teacher_model=models.teacher_model,
+        trainable=trainable,
+        updates=updates or {},
+        thaw=thaw,
     )
+
+
+def _own_of_losses(module: DistillModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that are not the student's: modules that every phase makes anew."""
+    students = {id(parameter) for parameter in module.student.parameters()}
+    return ((name, weight) for name, weight in module.named_trainables() if id(weight) not in students)
 
 
 @dataclass(frozen=True)
@@ -175,6 +258,7 @@ class _Models:
     alignment: Alignment | None
     teacher_ds_configs: Mapping[str, Any]
     kind: type[DistillModel]
+    teacher_model: TeacherModel | None
 
 
 def _build_models(
@@ -189,9 +273,18 @@ def _build_models(
     folder: Path,
     resumed: bool,
     around: Surroundings | None,
+    inherited: Inherited | None,
 ) -> _Models:
-    model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
-    student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
+    kept = None if inherited is None else inherited.teacher
+    if kept is not None and inherited is not None:
+        model = inherited.teacher_model
+    else:
+        model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
+    if inherited is None:
+        student = build_student(config, sources=sources, ds_config=trained, ranks=ranks)
+    else:
+        student = inherited.student
+        _set_checkpointing(student, wanted=config.train.activation_checkpointing)
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
     decoder = student if shared is not None else None if model is None else model.decoder
     pairs = find_pairs(
@@ -208,7 +301,9 @@ def _build_models(
         objective, pairs=pairs, student=student, teacher=decoder, ds_config=trained, seed=config.train.seed
     )
     teacher: Teacher
-    if shared is None:
+    if kept is not None:
+        teacher = kept
+    elif shared is None:
         teacher = serve_teacher(config, model=model, sources=sources, ranks=ranks, student=student, around=around)
     else:
         steps = data.loader.total_steps()
@@ -219,7 +314,14 @@ def _build_models(
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)
     kind = DistillModel if shared is None else SelfSharedModel
-    return _Models(student, teacher, decoder, alignment, teacher_ds_configs(model), kind)
+    return _Models(student, teacher, decoder, alignment, teacher_ds_configs(model), kind, model)
+
+
+def _set_checkpointing(student: Decoder, *, wanted: bool) -> None:
+    if wanted:
+        enable_checkpointing(student.model)
+    elif any(getattr(module, "gradient_checkpointing", False) for module in student.model.modules()):
+        student.model.gradient_checkpointing_disable()
 
 
 def build_distill_model(
