@@ -29,6 +29,7 @@ from largekd.monitoring.meters import Meters
 from largekd.monitoring.monitor import Monitor
 from largekd.monitoring.summary import render_summary
 from largekd.monitoring.timers import Timers, event_factory
+from largekd.runtime.faults import fault_point
 from largekd.runtime.files import read_json
 from largekd.runtime.lock import run_lock
 from largekd.runtime.logging import configure_logging, write_line
@@ -164,7 +165,9 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
                 _stopped(session, journal=journal)
                 return None
             following = phases[here.phase.index + 1]
-            enter(following, inherited=here.hand_over(to=following))
+            inherited = here.hand_over(to=following)
+            fault_point("stage:switch", rank=ranks.rank, step=journal.progress.step)
+            enter(following, inherited=inherited)
             journal.updates = dict(here.parts.updates)
             journal.progress = following.enter(journal.progress, total=phases[-1].end)
             session = replace(session, parts=here.parts)
