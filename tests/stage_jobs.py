@@ -3,11 +3,13 @@
 import gc
 import weakref
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from step_jobs import build_side, mean_loss, own_micro_batches, run_step, whole_weights
+from tiny_run import settings
 
 import largekd
 import largekd.distillation.run as run
@@ -17,7 +19,29 @@ from largekd.optim.groups import ParameterGroup
 from largekd.sharding.master import own_shard
 from largekd.sharding.shards import resident_bytes
 
+STEPS = (3, 4, 6)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def staged(assets: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Hidden states first; then logits with half the rate for attention and the embeddings frozen; then longer rows,
+    with the lower layer frozen in the second half."""
+    tree = settings(assets, run_dir, train__max_steps=None, optim__warmup_steps=1, **changes)
+    features = [{"name": "hidden", "loss": "mse", "projector": {"kind": "linear"}, "layers": {"map": "uniform"}}]
+    groups = [
+        {"name": "embeddings", "pattern": "embed_tokens", "lr_multiplier": 0},
+        {"name": "attention", "pattern": r"self_attn\.", "lr_multiplier": 0.5},
+    ]
+    tree["stages"] = [
+        {"name": "hidden", "steps": STEPS[0], "set": {"objective": {"features": features, "alpha": 0.5}}},
+        {"name": "logits", "tokens": 8 * 64 * STEPS[1], "keep_optimizer": True, "set": {"optim.groups": groups}},
+        {
+            "name": "long",
+            "steps": STEPS[2],
+            "set": {"train.sequence_length": 128, "optim": {"lr": 5e-4}, "freezing": {"parts": 2}},
+        },
+    ]
+    return tree
 
 
 def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
