@@ -46,14 +46,14 @@ def staged(assets: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
 
 def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
     """A whole run; of each phase: hooks and bytes of the student, bytes of optimizer state, backward calls per layer,
-    which shards moved, and the optimizers that are alive."""
+    which shards moved, and how many modules and master copies of all phases' engines are alive."""
     build, steps = run.build, run.run_steps
     phases: list[dict[str, Any]] = []
-    optimizers: list[Any] = []
+    owned: list[tuple[Any, Any]] = []
 
     def watched_build(*arguments: Any, **options: Any) -> Any:
         parts = build(*arguments, **options)
-        optimizers.append(weakref.ref(parts.engine._engine.optimizer))
+        owned.append((weakref.ref(parts.engine.module), weakref.ref(_flat(parts.engine))))
         return parts
 
     def watched_steps(session: Any, **options: Any) -> bool:
@@ -76,7 +76,7 @@ def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
                 "state": _state_numel(parts.engine),
                 "backward": calls,
                 "moved": [n for n, shard in before.items() if not torch.equal(shard, own_shard(after[n]))],
-                "alive": sum(reference() is not None for reference in optimizers),
+                "alive": [sum(reference() is not None for reference in kind) for kind in zip(*owned, strict=True)],
                 "teacher": id(parts.teacher),
             }
         )
@@ -99,6 +99,11 @@ def _counting(calls: list[int], index: int) -> Any:
             hidden.register_hook(count)
 
     return hook
+
+
+def _flat(engine: TrainEngine) -> torch.Tensor:
+    """A part of the master copy."""
+    return engine._engine.optimizer.fp32_partitioned_groups_flat[0]
 
 
 def _state_numel(engine: TrainEngine) -> int:
@@ -131,7 +136,7 @@ def _rebuilt(side: Any, *, moments: bool) -> TrainEngine:
     carried = take(named, moments=moments)
     assert all(entry.updates > 0 for entry in carried.values()) == moments
     engine.close()
-    release(module.parameters())
+    release(module)
     groups = (
         ParameterGroup("default", 1.0, 0.0, tuple(name for name, _ in named), tuple(weight for _, weight in named)),
     )

@@ -1,10 +1,10 @@
 """One run from its configuration to its exported student: the whole pipeline, in order."""
 
 import functools
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -135,14 +135,14 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
             if ranks.is_main:
                 logger.info("resumed at step %d from %s", journal.progress.step, checkpoint)
         journal.progress = here.phase.enter(journal.progress, total=phases[-1].end)
-        session = Session(
-            parts=here.parts,
-            monitor=stack.enter_context(_monitor(config, folder=folder, journal=journal, ranks=ranks)),
-            timers=Timers(events=event_factory(device=here.parts.device)),
-            meters=Meters(device=here.parts.device),
-            stop=stop,
-            watchdog=watchdog,
-        )
+        monitor = stack.enter_context(_monitor(config, folder=folder, journal=journal, ranks=ranks))
+        timers, meters = Timers(events=event_factory(device=here.parts.device)), Meters(device=here.parts.device)
+
+        def session() -> Session:
+            """Made anew for each use: one that is kept would keep an engine that was replaced."""
+            return Session(
+                parts=here.parts, monitor=monitor, timers=timers, meters=meters, stop=stop, watchdog=watchdog
+            )
 
         def save() -> None:
             watchdog.beat(f"checkpoint at step {journal.progress.step}", allowed_s=_SLOW * timeout_s)
@@ -152,17 +152,17 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
             elif ranks.is_main:
                 logger.warning("no checkpoint: DeepSpeed could not restore this run's optimizer from NVMe")
 
-        if not _assess(session, journal=journal, name="before"):
-            _stopped(session, journal=journal)
+        if not _assess(session(), journal=journal, name="before"):
+            _stopped(session(), journal=journal)
             return None
         while True:
-            if not _run_phase(session, journal=journal, save=save):
-                _stopped(session, journal=journal)
+            if not _run_phase(session(), journal=journal, save=save):
+                _stopped(session(), journal=journal)
                 return None
             if here.phase.index + 1 == len(phases):
                 break
-            if here.phase.ends_stage and not _assess(session, journal=journal, name=f"stage.{here.phase.stage.name}"):
-                _stopped(session, journal=journal)
+            if here.phase.ends_stage and not _assess(session(), journal=journal, name=f"stage.{here.phase.stage.name}"):
+                _stopped(session(), journal=journal)
                 return None
             following = phases[here.phase.index + 1]
             inherited = here.hand_over(to=following)
@@ -170,9 +170,8 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
             enter(following, inherited=inherited)
             journal.updates = dict(here.parts.updates)
             journal.progress = following.enter(journal.progress, total=phases[-1].end)
-            session = replace(session, parts=here.parts)
-        if not _assess(session, journal=journal, name="after"):
-            _stopped(session, journal=journal)
+        if not _assess(session(), journal=journal, name="after"):
+            _stopped(session(), journal=journal)
             return None
         watchdog.beat("export", allowed_s=_SLOW * timeout_s)
         export_dir = export_student(here.parts, folder=folder)
@@ -201,7 +200,11 @@ class _Here:
     def hand_over(self, *, to: Phase) -> Inherited:
         """End the phase; from here to the next parts there are none to close."""
         parts, self._parts = self.parts, None
-        return hand_over(parts, to=to)
+        inherited = hand_over(parts, to=to)
+        del parts
+        # An engine and its optimizer refer to each other; without this both would stay until some later collection.
+        gc.collect()
+        return inherited
 
     def close(self) -> None:
         """Take down what there is."""

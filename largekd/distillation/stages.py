@@ -70,12 +70,12 @@ def hand_over(parts: Parts, *, to: Phase) -> Inherited:
     # A student's weight that did not learn is in the student already.
     named = [(n, p) for n, p in parts.named_trainables() if p.requires_grad or id(p) not in students]
     carried = take(named, moments=to.keep_optimizer)
-    parameters = list(parts.engine.module.parameters())
+    module = parts.engine.module
     kept = keeps_teacher(parts.config, to.config) and not _teacher_depends_on_data(parts.config, to.config)
     parts.leave()
     if not kept:
         parts.teacher.close()
-    release(parameters)
+    release(module)
     return Inherited(
         student=parts.student,
         carried=carried,

@@ -3,7 +3,6 @@
 On each rank's own shards, in host memory, by parameter name; nothing is gathered.
 """
 
-import gc
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from largekd.sharding.master import drop_whole_copy, master_shard, own_shard
 from largekd.sharding.shards import full_shape, is_sharded
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_LEFT_ON_MODULES = ("pre_bwd_fn", "post_bwd_fn")
 Named = Iterable[tuple[str, nn.Parameter]]
 
 
@@ -117,14 +117,18 @@ def frozen_digest(named: Named) -> str:
     return digest.hexdigest()
 
 
-def release(parameters: Iterable[Any]) -> None:
-    """Let go of a closed engine: DeepSpeed leaves on each parameter a reference to the optimizer, with all it holds."""
-    for parameter in parameters:
+def release(module: nn.Module) -> None:
+    """Let go of a closed engine: DeepSpeed leaves references to it on every parameter and module.
+
+    Those on modules are worse than a leak: the next engine takes what it finds there for its own, and the backward pass
+    would then run on the old engine's record of what to fetch.
+    """
+    for inner in module.modules():
+        for name in _LEFT_ON_MODULES:
+            inner.__dict__.pop(name, None)
+    for parameter in module.parameters():
         parameter.grad = None
-        if hasattr(parameter, "_z3_optimizer"):
-            del parameter._z3_optimizer
-    # The engine and its optimizer refer to each other.
-    gc.collect()
+        parameter.__dict__.pop("_z3_optimizer", None)
 
 
 def _with_moments(entry: Carried, *, parameter: Any) -> Carried:

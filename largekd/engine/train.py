@@ -117,8 +117,12 @@ class TrainEngine:
             raise CheckpointError(f"{folder}: DeepSpeed found no engine state to load there.")
 
     def close(self) -> None:
-        """Remove the hooks and free optimizer state and buffers."""
+        """Remove the hooks and free optimizer state and buffers; the module stays, with its weights."""
         self._engine.destroy()
+        # References from autograd's side outlive the engine; what they keep is made empty.
+        self._engine.optimizer.__dict__.clear()
+        self._engine.optimizer = None
+        self._engine._modules.clear()
 
 
 def _copy_nothing(save_dir: str) -> None:
