@@ -46,14 +46,14 @@ def staged(assets: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
 
 def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
     """A whole run; of each phase: hooks and bytes of the student, bytes of optimizer state, backward calls per layer,
-    which shards moved, and how many modules and master copies of all phases' engines are alive."""
+    which shards moved, and how many vocabulary passes and master copies of all phases are alive."""
     build, steps = run.build, run.run_steps
     phases: list[dict[str, Any]] = []
     owned: list[tuple[Any, Any]] = []
 
     def watched_build(*arguments: Any, **options: Any) -> Any:
         parts = build(*arguments, **options)
-        owned.append((weakref.ref(parts.engine.module), weakref.ref(_flat(parts.engine))))
+        owned.append((weakref.ref(parts.engine.module.vocabulary), weakref.ref(_flat(parts.engine))))
         return parts
 
     def watched_steps(session: Any, **options: Any) -> bool:

@@ -120,9 +120,22 @@ class TrainEngine:
         """Remove the hooks and free optimizer state and buffers; the module stays, with its weights."""
         self._engine.destroy()
         # References from autograd's side outlive the engine; what they keep is made empty.
-        self._engine.optimizer.__dict__.clear()
-        self._engine.optimizer = None
-        self._engine._modules.clear()
+        optimizer = self._engine.optimizer
+        offload = optimizer.parameter_offload
+        coordinator = offload.get_param_coordinator()
+        # Caches of the class hold every coordinator and module that ever was.
+        for member in vars(type(coordinator)).values():
+            _clear_cache(member)
+        for left in (coordinator, offload, optimizer, self._engine):
+            left.__dict__.clear()
+        nn.Module.__init__(self._engine)
+
+
+def _clear_cache(member: Any) -> None:
+    """Empty the `lru_cache` of a method that DeepSpeed has wrapped in another function."""
+    for cell in getattr(member, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 def _copy_nothing(save_dir: str) -> None:
