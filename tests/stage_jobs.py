@@ -17,7 +17,6 @@ from largekd.engine.carried import by_updates, release, restore_optimizer, take,
 from largekd.engine.train import TrainEngine
 from largekd.optim.groups import ParameterGroup
 from largekd.sharding.master import own_shard
-from largekd.sharding.shards import resident_bytes
 
 STEPS = (3, 4, 6)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -45,7 +44,7 @@ def staged(assets: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
 
 
 def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A whole run; of each phase: hooks and bytes of the student, bytes of optimizer state, backward calls per layer,
+    """A whole run; of each phase: hooks of the student, size of optimizer state, backward calls per layer,
     which shards moved, and how many vocabulary passes and master copies of all phases are alive."""
     build, steps = run.build, run.run_steps
     phases: list[dict[str, Any]] = []
@@ -72,7 +71,6 @@ def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
         phases.append(
             {
                 "hooks": hooks,
-                "bytes": resident_bytes(student),
                 "state": _state_numel(parts.engine),
                 "backward": calls,
                 "moved": [n for n, shard in before.items() if not torch.equal(shard, own_shard(after[n]))],
