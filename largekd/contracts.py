@@ -405,7 +405,11 @@ TeacherSignal = Distribution | TapSignal
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands; schedules are functions of this alone. `tokens` are label tokens over all ranks, `train_s`
-    seconds of wall time inside steps, `consecutive_skips` the non-finite steps since the last good one."""
+    seconds of wall time inside steps, `consecutive_skips` the non-finite steps since the last good one.
+
+    step and max_steps count over all stages. The stage of index `stage` has `stage_steps` (0: all of max_steps) from
+    `stage_first` on; its engine's life, the phase of index `phase`, ends with step `phase_end` (0: max_steps).
+    """
 
     step: int = 0
     max_steps: int = 0
@@ -413,3 +417,23 @@ class Progress:
     train_s: float = 0.0
     skipped_steps: int = 0
     consecutive_skips: int = 0
+    stage: int = 0
+    stage_first: int = 0
+    stage_steps: int = 0
+    phase: int = 0
+    phase_end: int = 0
+
+    @property
+    def stage_step(self) -> int:
+        """Steps of this stage that are done; with `stage_length` what schedules are functions of."""
+        return self.step - self.stage_first
+
+    @property
+    def stage_length(self) -> int:
+        """Steps of this stage."""
+        return self.stage_steps or self.max_steps
+
+    @property
+    def last(self) -> int:
+        """The last step before the run ends or another engine takes over."""
+        return self.phase_end or self.max_steps

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 from largekd.config.design_checks import check_design
+from largekd.config.freezing_checks import check_freezing
 from largekd.config.group_checks import check_groups
 from largekd.config.initialise_checks import check_initialisation
 from largekd.config.lora_checks import check_lora
@@ -36,6 +37,7 @@ def check_config(config: RunConfig) -> list[str]:
         *check_rollouts(config),
         *check_lora(config),
         *check_remote(config.teacher),
+        *check_freezing(config),
     ]
 
 
@@ -58,7 +60,7 @@ def check_world(config: RunConfig, *, world_size: int) -> int:
 
 def _train(config: RunConfig) -> Iterator[str]:
     train = config.train
-    if train.max_steps is None and train.max_epochs is None:
+    if train.max_steps is None and train.max_epochs is None and not config.stages:
         yield "train.max_steps: set it or train.max_epochs, otherwise the run has no end"
 
 

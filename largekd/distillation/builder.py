@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from largekd.config.checks import check_world
 from largekd.config.divergence import TopKSignalConfig
@@ -37,11 +38,13 @@ from largekd.distillation.self_shared import (
     share_backbone,
     shared_objective,
 )
-from largekd.distillation.teachers import build_teacher_model, serve_teacher, teacher_ds_configs
+from largekd.distillation.teachers import TeacherModel, build_teacher_model, serve_teacher, teacher_ds_configs
+from largekd.engine.carried import Carried, by_updates, restore_optimizer, restore_shards, updates_of
 from largekd.engine.ds_config import train_ds_config
 from largekd.engine.train import TrainEngine
 from largekd.generation.rollouts import Rollouts
-from largekd.models.decoder import Decoder
+from largekd.models.decoder import Decoder, enable_checkpointing
+from largekd.models.frozen_layers import FrozenLayers, freeze_layers
 from largekd.objectives.alignment import Alignment, AlignmentPlan
 from largekd.objectives.layer_maps import LayerPair
 from largekd.objectives.plugins import load_plugins
@@ -83,25 +86,62 @@ class Parts:
     depths: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     router: RouterTerms | None = None
     router_loads: RouterLoads | None = None
+    teacher_model: TeacherModel | None = None
+    trainable: tuple[nn.Parameter, ...] = ()
+    updates: Mapping[str, int] = field(default_factory=dict)
+    thaw: Callable[[], None] | None = None
+
+    def named_trainables(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the engine's module under the names that a user knows."""
+        module = self.engine.module
+        assert isinstance(module, DistillModel)
+        return module.named_trainables()
 
     def close(self) -> None:
         """Take both engines down."""
         self.teacher.close()
+        self.leave()
+
+    def leave(self) -> None:
+        """Take down what is this phase's own: the student's engine and the hooks; all weights may learn again."""
         self.engine.close()
+        self.watch.close()
+        if self.thaw is not None:
+            self.thaw()
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
 
 
-def build(
+@dataclass(frozen=True)
+class Prepared:
+    """What a stage is built from, checked and read before any weight is touched."""
+
+    accumulation: int
+    placements: Placements
+    objective: Objective
+    sources: Sources
+    data: RunData
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """What a phase takes over from the one before: the student, what its weights carry, and a teacher that stays."""
+
+    student: Decoder
+    carried: Mapping[str, Carried]
+    teacher: Teacher | None = None
+    teacher_model: TeacherModel | None = None
+
+
+def prepare(
     config: RunConfig,
     *,
     ranks: Ranks,
     folder: Path,
     control: dist.ProcessGroup | None = None,
-    resumed: bool = False,
-    around: Surroundings | None = None,
-) -> Parts:
-    """Build a run's parts, cheapest checks first. A collective call; `control` is for agreements that may take long.
-
-    resumed: a checkpoint will be loaded into the parts. around: what a teacher that may wait takes from the run.
+    row_seed: int | None = None,
+) -> Prepared:
+    """Check a stage and read its data, cheapest first. A collective call; `control` is for what may take long.
 
     Errors: any LargeKDError; the message names the key to change.
     """
@@ -117,14 +157,38 @@ def build(
     if config.teacher.kind == "self_shared":
         check_shared(config, model_config=sources.student_config)
         objective = shared_objective(objective)
-    data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first)
+    data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first, row_seed=row_seed)
     check_teacher_data(config, sources=sources, samples=data.samples)
+    return Prepared(accumulation, placements, objective, sources, data)
 
+
+def build(
+    config: RunConfig,
+    *,
+    prepared: Prepared,
+    ranks: Ranks,
+    folder: Path,
+    resumed: bool = False,
+    around: Surroundings | None = None,
+    frozen: FrozenLayers | None = None,
+    inherited: Inherited | None = None,
+    updates: Mapping[str, int] | None = None,
+    phase: int = 0,
+) -> Parts:
+    """Build the parts of a phase. A collective call.
+
+    resumed: a checkpoint will be loaded into the parts, or an earlier phase of the stage has paired the layers. around:
+    what a teacher that may wait takes from the run. inherited: of the phase before; None: the run's first weights.
+    phase: its place in the run. updates: of a checkpoint, see Journal; with `inherited` they follow from that.
+
+    Errors: any LargeKDError; the message names the key to change.
+    """
+    objective, sources, data, placements = prepared.objective, prepared.sources, prepared.data, prepared.placements
     trained = train_ds_config(
         placements.student,
         train=config.train,
         optim=config.optim,
-        accumulation=accumulation,
+        accumulation=prepared.accumulation,
         world_size=ranks.world_size,
     )
     models = _build_models(
@@ -138,6 +202,7 @@ def build(
         folder=folder,
         resumed=resumed,
         around=around,
+        inherited=inherited,
     )
     rollouts = build_rollouts(
         config,
@@ -161,15 +226,24 @@ def build(
         kind=models.kind,
         router=models.router,
     )
+    trainable = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
+    thaw = None if frozen is None else freeze_layers(models.student.model, frozen=frozen)
     groups = build_groups(module.named_trainables(), config=config.optim)
-    note_groups(groups, config=config, folder=folder, ranks=ranks, resumed=resumed)
+    if inherited is not None:
+        updates = updates_of(module.named_trainables(), carried=inherited.carried)
+        restore_shards(_own_of_losses(module), carried=inherited.carried)
+    note_groups(groups, config=config, folder=folder, ranks=ranks, phase=phase, first=not resumed and inherited is None)
+    groups = by_updates(groups, updates=updates or {})
+    engine = TrainEngine(module=module, groups=groups, ds_config=trained)
+    if inherited is not None:
+        restore_optimizer(module.named_trainables(), carried=inherited.carried)
     return Parts(
         config=config,
         ranks=ranks,
         device=device(),
         sources=sources,
         student=models.student,
-        engine=TrainEngine(module=module, groups=groups, ds_config=trained),
+        engine=engine,
         teacher=models.teacher,
         objective=objective,
         alignment=models.alignment,
@@ -179,13 +253,23 @@ def build(
         evaluation_batches=data.evaluation_batches,
         # Restored by DeepSpeed without learning rate and moments, and without an error.
         resumable=offload_device(placements.student, "offload_optimizer") != "nvme",
-        accumulation=accumulation,
+        accumulation=prepared.accumulation,
         rollouts=rollouts,
         layer_drop=build_layer_drop(config, student=models.student, alignment=models.alignment),
         depths=reduced_depths(config, student=models.student),
         router=models.router,
         router_loads=None if models.router is None else RouterLoads(models.router, device=device()),
+        teacher_model=models.teacher_model,
+        trainable=trainable,
+        updates=updates or {},
+        thaw=thaw,
     )
+
+
+def _own_of_losses(module: DistillModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that are not the student's: modules that every phase makes anew."""
+    students = {id(parameter) for parameter in module.student.parameters()}
+    return ((name, weight) for name, weight in module.named_trainables() if id(weight) not in students)
 
 
 @dataclass(frozen=True)
@@ -198,6 +282,7 @@ class _Models:
     alignment: Alignment | None
     teacher_ds_configs: Mapping[str, Any]
     kind: type[DistillModel]
+    teacher_model: TeacherModel | None
     router: RouterTerms | None = None
 
 
@@ -213,26 +298,35 @@ def _build_models(
     folder: Path,
     resumed: bool,
     around: Surroundings | None,
+    inherited: Inherited | None,
 ) -> _Models:
-    model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
-    student = build_student(
-        config,
-        sources=sources,
-        ds_config=trained,
-        ranks=ranks,
-        resumed=resumed,
-        measure=lambda moment: calibrate(
+    kept = None if inherited is None else inherited.teacher
+    if kept is not None and inherited is not None:
+        model = inherited.teacher_model
+    else:
+        model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
+    if inherited is None:
+        student = build_student(
             config,
             sources=sources,
-            rows=data.first_rows,
-            placements=placements,
-            decoder=None if model is None else model.decoder,
+            ds_config=trained,
             ranks=ranks,
-            moment=moment,
-        ),
-        report_to=partial(write_report, folder=folder, ranks=ranks),
-        loads=loads_of(model, config=config, rows=data.first_rows),
-    )
+            resumed=resumed,
+            measure=lambda moment: calibrate(
+                config,
+                sources=sources,
+                rows=data.first_rows,
+                placements=placements,
+                decoder=None if model is None else model.decoder,
+                ranks=ranks,
+                moment=moment,
+            ),
+            report_to=partial(write_report, folder=folder, ranks=ranks),
+            loads=loads_of(model, config=config, rows=data.first_rows),
+        )
+    else:
+        student = inherited.student
+        _set_checkpointing(student, wanted=config.train.activation_checkpointing)
     shared = share_backbone(config, student=student, ds_config=trained, ranks=ranks)
     within = shared is not None or config.teacher.kind == "base"
     decoder = student if within else None if model is None else model.decoder
@@ -251,7 +345,9 @@ def _build_models(
         objective, pairs=pairs, student=student, teacher=compared, ds_config=trained, seed=config.train.seed
     )
     teacher: Teacher
-    if shared is None:
+    if kept is not None:
+        teacher = kept
+    elif shared is None:
         teacher = serve_teacher(config, model=model, sources=sources, ranks=ranks, student=student, around=around)
     else:
         steps = data.loader.total_steps()
@@ -272,7 +368,14 @@ def _build_models(
     kind = DistillModel if shared is None else SelfSharedModel
     if config.teacher.kind == "base":
         kind = BackboneModel
-    return _Models(student, teacher, decoder, alignment, teacher_ds_configs(model), kind, router)
+    return _Models(student, teacher, decoder, alignment, teacher_ds_configs(model), kind, model, router)
+
+
+def _set_checkpointing(student: Decoder, *, wanted: bool) -> None:
+    if wanted:
+        enable_checkpointing(student.model)
+    elif any(getattr(module, "gradient_checkpointing", False) for module in student.model.modules()):
+        student.model.gradient_checkpointing_disable()
 
 
 def build_distill_model(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -43,26 +44,27 @@ def check_parameters(config: RunConfig, *, model_config: PretrainedConfig) -> No
 
 
 def note_groups(
-    groups: Sequence[ParameterGroup], *, config: RunConfig, folder: Path, ranks: Ranks, resumed: bool
+    groups: Sequence[ParameterGroup], *, config: RunConfig, folder: Path, ranks: Ranks, phase: int, first: bool
 ) -> None:
-    """Show the groups and write groups.json. A collective call.
+    """Show the groups of a phase and note them in groups.json; `first`: nothing of this run was done before.
 
-    Errors: ConfigError when a run that goes on had others, naming what differs.
+    A collective call. Errors: ConfigError when a run that goes on had other groups in this phase, naming what differs.
     """
     state_bytes = _MOMENT_BYTES + (_MASTER_BYTES if config.train.precision != "fp32" else 0)
     with Together():
         if not ranks.is_main:
             return
         records, path = group_records(groups, state_bytes=state_bytes), folder / GROUPS_FILE
-        if resumed and path.is_file():
-            differences = group_differences(read_json(path), records)
+        noted: dict[str, Any] = {} if first or not path.is_file() else read_json(path)
+        if str(phase) in noted:
+            differences = group_differences(noted[str(phase)], records)
             if differences:
                 listed = "\n  ".join(differences)
                 raise ConfigError(
                     f"{path}: this run began with other learning-rate groups:\n  {listed}\n"
                     "Restore them, choose another run.dir, or run.fresh=true to move that run aside."
                 )
-        write_json(path, value=records)
+        write_json(path, value={**noted, str(phase): records})
         logger.info("learning-rate groups:\n%s", describe_groups(groups, state_bytes=state_bytes))
 
 

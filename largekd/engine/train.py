@@ -116,8 +116,25 @@ class TrainEngine:
             raise CheckpointError(f"{folder}: DeepSpeed found no engine state to load there.")
 
     def close(self) -> None:
-        """Remove the hooks and free optimizer state and buffers."""
+        """Remove the hooks and free optimizer state and buffers; the module stays, with its weights."""
         self._engine.destroy()
+        # References from autograd's side outlive the engine; what they keep is made empty.
+        optimizer = self._engine.optimizer
+        offload = optimizer.parameter_offload
+        coordinator = offload.get_param_coordinator()
+        # Caches of the class hold every coordinator and module that ever was.
+        for member in vars(type(coordinator)).values():
+            _clear_cache(member)
+        for left in (coordinator, offload, optimizer, self._engine):
+            left.__dict__.clear()
+        nn.Module.__init__(self._engine)
+
+
+def _clear_cache(member: Any) -> None:
+    """Empty the `lru_cache` of a method that DeepSpeed has wrapped in another function."""
+    for cell in getattr(member, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
 
 
 def _optimizer_group(group: ParameterGroup) -> dict[str, Any]:

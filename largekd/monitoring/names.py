@@ -39,6 +39,8 @@ METRICS: Mapping[str, str] = {
     "health/teacher_entropy": "entropy of the teacher's distribution, nats per token",
     "health/entropy_gap": "teacher's entropy less the student's; positive: the student is more certain",
     "health/student_top1_accuracy": "share of tokens on which the student ranks the label first",
+    "stage/index": "stage of a run that has several, 0 is the first",
+    "stage/phase": "the same with every phase of progressive freezing counted",
     "optim/grad_norm": "norm of the whole gradient before clipping",
     "optim/lr/<group>": "learning rate of a parameter group",
     "optim/skipped_steps": "steps skipped since the run began because of a non-finite gradient",

@@ -88,7 +88,7 @@ def test_rates_follow_the_closed_form_across_warm_up_and_resume(tiny_assets, two
         for name, factor in FACTORS.items():
             assert record[f"optim/lr/{name}"] == pytest.approx(factor * peak, rel=1e-12), (name, record["step"])
         assert not any("frozen" in key for key in record)
-    groups = {group["group"]: group for group in json.loads((tmp_path / "run/groups.json").read_text())}
+    groups = {group["group"]: group for group in json.loads((tmp_path / "run/groups.json").read_text())["0"]}
     assert groups["frozen"]["optimizer_bytes"] == 0 and groups["frozen"]["parameters"] == ["model.embed_tokens.weight"]
     assert groups["mlp.layer_0"]["betas"] == [0.5, 0.8]
 
@@ -101,7 +101,7 @@ def test_a_run_that_goes_on_with_other_groups_is_refused(tiny_assets, two_ranks,
         two_ranks.run(distil, tree=other)
     path = tmp_path / "run/groups.json"
     groups = json.loads(path.read_text())
-    groups[0]["betas"] = [0.1, 0.2]
+    groups["0"][0]["betas"] = [0.1, 0.2]
     path.write_text(json.dumps(groups))
     with pytest.raises(AssertionError, match=r"began with other learning-rate groups:\s+\S+betas: \[0\.1, 0\.2\] -> "):
         two_ranks.run(distil, tree=tree)
