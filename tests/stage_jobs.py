@@ -13,6 +13,7 @@ from tiny_run import settings
 
 import largekd
 import largekd.distillation.run as run
+from largekd.config.train import OptimConfig
 from largekd.engine.carried import by_updates, release, restore_optimizer, take, updates_of
 from largekd.engine.train import TrainEngine
 from largekd.optim.groups import ParameterGroup
@@ -136,7 +137,15 @@ def _rebuilt(side: Any, *, moments: bool) -> TrainEngine:
     engine.close()
     release(module)
     groups = (
-        ParameterGroup("default", 1.0, 0.0, tuple(name for name, _ in named), tuple(weight for _, weight in named)),
+        ParameterGroup(
+            name="default",
+            lr_multiplier=1.0,
+            weight_decay=0.0,
+            betas=OptimConfig().betas,
+            eps=OptimConfig().eps,
+            parameter_names=tuple(name for name, _ in named),
+            parameters=tuple(weight for _, weight in named),
+        ),
     )
     groups = by_updates(groups, updates=updates_of(named, carried=carried))
     rebuilt = TrainEngine(module=module, groups=groups, ds_config=ds_config)

@@ -39,7 +39,7 @@ def test_without_the_moments_the_optimizer_begins_anew(models, two_ranks):
 
 def test_groups_are_split_by_the_number_of_updates():
     weights = tuple(torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(4))
-    group = ParameterGroup("default", 1.0, 0.1, ("a", "b", "c", "d"), weights)
+    group = ParameterGroup("default", 1.0, 0.1, (0.9, 0.95), 1e-8, ("a", "b", "c", "d"), weights)
     split = by_updates((group,), updates={"a": 7, "c": 7, "d": 3})
     assert [(part.name, part.parameter_names) for part in split] == [
         ("default", ("a", "c")),
