@@ -1,5 +1,6 @@
 """A real dense model as a mixture of experts, where it has been fetched."""
 
+import json
 import os
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import pytest
 import torch
 from expert_jobs import initialised_logits
 from tiny_run import ROOT
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from largekd.config.design import DesignConfig
+from largekd.planner.design import design_student
 
 SMOLLM2 = Path(os.environ.get("LARGEKD_ASSETS", ROOT / "assets")) / "smollm2-135m-instruct"
-SHAPE = ROOT / "recipes/students/smollm2_10_layers_4_experts.json"
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,9 +25,9 @@ pytestmark = [
 
 
 def test_four_experts_of_which_two_act_are_the_dense_model(one_rank, tmp_path):
-    config = AutoConfig.from_pretrained(SHAPE)
-    config.num_hidden_layers = 30
-    config.save_pretrained(tmp_path)
+    teacher = json.loads((SMOLLM2 / "config.json").read_text())
+    shape = design_student(teacher, design=DesignConfig(experts=4, active_experts=2), model="teacher.model").config
+    (tmp_path / "config.json").write_text(json.dumps(shape))
     text = "Question: A train covers 120 km in one and a half hours. How fast is it? Answer: 120 / 1.5 = 80 km/h."
     ids = AutoTokenizer.from_pretrained(SMOLLM2)(text, return_tensors="pt")["input_ids"]
     (found,) = one_rank.run(initialised_logits, teacher=str(SMOLLM2), student=str(tmp_path), ids=ids)
