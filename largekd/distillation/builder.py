@@ -18,9 +18,8 @@ from largekd.contracts import Batch
 from largekd.data.loader import RowLoader
 from largekd.distillation.backbone import BackboneModel
 from largekd.distillation.cache_binding import check_teacher_data, stored_layers
-from largekd.distillation.calibrate import calibrate
+from largekd.distillation.calibrate import Calibration
 from largekd.distillation.data import RunData, build_data
-from largekd.distillation.expert_loads import loads_of
 from largekd.distillation.groups import check_parameters, note_groups
 from largekd.distillation.initialise import write_report
 from largekd.distillation.layer_drop import LayerDrop, build_layer_drop, reduced_depths
@@ -312,17 +311,15 @@ def _build_models(
             ds_config=trained,
             ranks=ranks,
             resumed=resumed,
-            measure=lambda moment: calibrate(
+            measures=Calibration(
                 config,
                 sources=sources,
                 rows=data.first_rows,
                 placements=placements,
                 decoder=None if model is None else model.decoder,
                 ranks=ranks,
-                moment=moment,
             ),
             report_to=partial(write_report, folder=folder, ranks=ranks),
-            loads=loads_of(model, config=config, rows=data.first_rows),
         )
     else:
         student = inherited.student
