@@ -47,7 +47,7 @@ def run(job: Job) -> dict[str, Any]:
         for step in range(job.steps):
             clock.before_step(step)
             batches = [make_batch(job.cell, step=step, rank=rank).to(device=device())]
-            setting = StepSetting.at(objective=objective, alignment=None, step=step, max_steps=job.steps, seed=0)
+            setting = StepSetting.at(objective, step=step, max_steps=job.steps, seed=0)
             scales = step_scales(
                 batches, objective=objective, factors=setting.factors, world_size=ranks, device=device()
             )
@@ -59,7 +59,6 @@ def run(job: Job) -> dict[str, Any]:
                 teacher=teacher,
                 lr=LR,
                 timers=Timers(),
-                measure=False,
             )
             clock.after_step(step)
             clock.add_loss(float(result.sums.sum()) / float(batches[0].counted_T.numel()))
