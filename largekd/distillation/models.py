@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from largekd.config.run import RunConfig
 from largekd.config.teacher import (
@@ -19,7 +19,7 @@ from largekd.config.teacher import (
 )
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
 from largekd.distillation.design import designed_config
-from largekd.distillation.initialise import Loads, Measure, check_initialise, initialise_student
+from largekd.distillation.initialise import Measures, check_initialise, initialise_student
 from largekd.errors import ConfigError
 from largekd.initialisation.report import InitialisationReport
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
@@ -175,28 +175,19 @@ def build_student(
     sources: Sources,
     ds_config: Mapping[str, Any],
     ranks: Ranks,
+    measures: Measures,
+    report_to: Callable[[InitialisationReport], None],
     resumed: bool = False,
-    measure: Measure | None = None,
-    report_to: Callable[[InitialisationReport], None] = lambda report: None,
-    loads: Loads | None = None,
 ) -> Decoder:
     """The sharded student: pretrained, some layers of a pretrained model, random, or made of the teacher.
 
-    measure: gives the teacher's statistics to the rules of initialisation that need them.
-    report_to: takes the report of an initialisation, which a resumed run does not repeat: its checkpoint replaces
-    whatever weights are drawn here. loads: see `initialise_student`. A collective call.
+    measures: of the teacher, for the rules of initialisation that need them. report_to: takes the report of an
+    initialisation, which a resumed run does not repeat: its checkpoint replaces whatever weights are drawn here.
+    A collective call.
     """
-    model = build_model(
-        sources.student_config,
-        ds_config=ds_config,
-        precision=config.train.precision,
-        attention=config.student.attention,
-        trust_remote_code=config.student.trust_remote_code,
-    )
-    if sources.student is not None and config.student.layers is not None:
-        load_layers(model, folder=sources.student.path, rank=ranks.rank, layers=config.student.layers)
-    elif sources.student is not None:
-        load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
+    model = _student_model(config, sources=sources, ds_config=ds_config)
+    if sources.student is not None:
+        _load_student(model, config=config, folder=sources.student, ranks=ranks)
     elif config.student.initialise is not None and not resumed:
         report_to(
             initialise_student(
@@ -205,8 +196,7 @@ def build_student(
                 teacher=sources.teacher,
                 seed=config.train.seed,
                 ranks=ranks,
-                measure=measure,
-                loads=loads,
+                measures=measures,
             )
         )
     elif config.student.teacher_layers is None:
@@ -224,18 +214,27 @@ def build_student(
 def build_average(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any], ranks: Ranks) -> Decoder:
     """A second model like the student, with the weights that the student starts from."""
     assert sources.student is not None
-    model = build_model(
+    model = _student_model(config, sources=sources, ds_config=ds_config)
+    _load_student(model, config=config, folder=sources.student, ranks=ranks)
+    return Decoder(model=model)
+
+
+def _student_model(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any]) -> PreTrainedModel:
+    return build_model(
         sources.student_config,
         ds_config=ds_config,
         precision=config.train.precision,
         attention=config.student.attention,
         trust_remote_code=config.student.trust_remote_code,
     )
+
+
+def _load_student(model: PreTrainedModel, *, config: RunConfig, folder: ModelFolder, ranks: Ranks) -> None:
+    """All layers of the student's folder, or those that are chosen."""
     if config.student.layers is not None:
-        load_layers(model, folder=sources.student.path, rank=ranks.rank, layers=config.student.layers)
+        load_layers(model, folder=folder.path, rank=ranks.rank, layers=config.student.layers)
     else:
-        load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
-    return Decoder(model=model)
+        load_pretrained(model, folder=folder.path, rank=ranks.rank)
 
 
 def _find_teacher(config: RunConfig, *, student: ModelFolder | None, first: First) -> tuple[ModelFolder, str]:
