@@ -158,7 +158,16 @@ class Translation:
         return replace(self, teacher=self.teacher.to(device=device), **moved)
 
 
-COUNT_NAMES = ("label_tokens", "signal_tokens", "spans", "positions", "samples", "task_tokens", "sampled_tokens")
+COUNT_NAMES = (
+    "label_tokens",
+    "signal_tokens",
+    "spans",
+    "positions",
+    "samples",
+    "task_tokens",
+    "sampled_tokens",
+    "routed_tokens",
+)
 """What terms may be divided by, each a sum over a step's micro-batches and ranks; see `counts_of`."""
 
 
@@ -170,12 +179,18 @@ def counts_of(micro_batches: Sequence[Batch]) -> Tensor:
     the weight of their first token.
     positions: positions of samples, fill left out; with a translation its groups. samples: samples with at least two
     such positions. task_tokens: label_tokens by the weights of the cross-entropy. sampled_tokens: label_tokens that
-    the student drew, for the policy gradient.
+    the student drew, for the policy gradient. routed_tokens: the student's positions of samples, fill left out.
     """
     total = torch.zeros(len(COUNT_NAMES), dtype=torch.float64)
     for batch in micro_batches:
-        total += torch.tensor([*_counts_of_one(batch), *_generated_counts(batch)], dtype=torch.float64)
+        total += torch.tensor(
+            [*_counts_of_one(batch), *_generated_counts(batch), _routed_tokens(batch)], dtype=torch.float64
+        )
     return total
+
+
+def _routed_tokens(batch: Batch) -> float:
+    return float(sum(segment.length for row in batch.segments for segment in row))
 
 
 def _generated_counts(batch: Batch) -> list[float]:
@@ -247,13 +262,15 @@ class SampledRequest:
 
 @dataclass(frozen=True)
 class TapRequest:
-    """Layers (0 is the first) whose output, or whose attention's queries, keys and values, are captured."""
+    """Layers (0 is the first) whose output, whose attention's queries, keys and values, or whose router's logits and
+    choice are captured."""
 
     hidden: tuple[int, ...] = ()
     attention: tuple[int, ...] = ()
+    router: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.hidden or self.attention)
+        return bool(self.hidden or self.attention or self.router)
 
 
 @dataclass(frozen=True)
@@ -281,11 +298,20 @@ class AttentionInputs:
 
 
 @dataclass(frozen=True)
+class RouterTap:
+    """What a layer's router said: logits of its X experts, and the K experts that each token was sent to."""
+
+    logits_BSX: Tensor
+    choice_BSK: Tensor
+
+
+@dataclass(frozen=True)
 class Taps:
-    """Captured activations by layer index: outputs (B, S, width) of decoder layers, and attention inputs."""
+    """Captured activations by layer index: outputs (B, S, width) of decoder layers, attention inputs, routers."""
 
     hidden: Mapping[int, Tensor] = field(default_factory=dict)
     attention: Mapping[int, AttentionInputs] = field(default_factory=dict)
+    router: Mapping[int, RouterTap] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -364,6 +390,14 @@ class TapSignal:
     taps: Taps
 
 
+@dataclass(frozen=True)
+class OwnSignal(TapSignal):
+    """Asks the student's own forward for its teacher's activations, and with `distribution` for last hidden states."""
+
+    taps: Taps = field(default_factory=Taps)
+    distribution: bool = True
+
+
 Distribution = HiddenSignal | TopKSignal | SampledSignal | MixtureSignal
 TeacherSignal = Distribution | TapSignal
 
@@ -371,7 +405,11 @@ TeacherSignal = Distribution | TapSignal
 @dataclass(frozen=True)
 class Progress:
     """Where a run stands; schedules are functions of this alone. `tokens` are label tokens over all ranks, `train_s`
-    seconds of wall time inside steps, `consecutive_skips` the non-finite steps since the last good one."""
+    seconds of wall time inside steps, `consecutive_skips` the non-finite steps since the last good one.
+
+    step and max_steps count over all stages. The stage of index `stage` has `stage_steps` (0: all of max_steps) from
+    `stage_first` on; its engine's life, the phase of index `phase`, ends with step `phase_end` (0: max_steps).
+    """
 
     step: int = 0
     max_steps: int = 0
@@ -379,3 +417,23 @@ class Progress:
     train_s: float = 0.0
     skipped_steps: int = 0
     consecutive_skips: int = 0
+    stage: int = 0
+    stage_first: int = 0
+    stage_steps: int = 0
+    phase: int = 0
+    phase_end: int = 0
+
+    @property
+    def stage_step(self) -> int:
+        """Steps of this stage that are done; with `stage_length` what schedules are functions of."""
+        return self.step - self.stage_first
+
+    @property
+    def stage_length(self) -> int:
+        """Steps of this stage."""
+        return self.stage_steps or self.max_steps
+
+    @property
+    def last(self) -> int:
+        """The last step before the run ends or another engine takes over."""
+        return self.phase_end or self.max_steps

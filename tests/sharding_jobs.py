@@ -1,5 +1,6 @@
 """What the ranks do in test_loading."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -7,13 +8,16 @@ import torch.distributed as dist
 from step_jobs import ZERO3
 from tiny import join_rows, make_rows
 
+from largekd.checkpoint.export import write_export
 from largekd.config.train import TrainConfig
 from largekd.engine.ds_config import frozen_ds_config
 from largekd.engine.frozen import FrozenEngine
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
 from largekd.models.decoder import Decoder
+from largekd.models.export import stream_tensors
 from largekd.models.source import read_config
 from largekd.monitoring.memory import process_memory
+from largekd.runtime.ranks import Ranks
 from largekd.sharding.shards import gathered, resident_bytes
 
 
@@ -47,7 +51,11 @@ def loaded_weights(*, folder: str, layers: list[int] | None = None, zero: dict |
         report = load_pretrained(model, folder=Path(folder), rank=dist.get_rank())
     else:
         report = load_layers(model, folder=Path(folder), rank=dist.get_rank(), layers=layers)
-    return {"weights": whole(model), "unused": report.unused, "inv_freq": model.model.rotary_emb.inv_freq.clone()}
+    return {
+        "weights": whole(model),
+        "unused": report.unused,
+        "inv_freq": model.get_decoder().rotary_emb.inv_freq.clone(),
+    }
 
 
 def random_weights(*, folder: str, seed: int) -> dict:
@@ -65,7 +73,7 @@ def hidden_and_residency(*, folder: str, precision: str = "fp32") -> dict:
     hidden = [engine(batch=join_rows(make_rows(count=2, packed=True)))["last"] for _ in range(3)][-1]
     held = resident_bytes(decoder)
     engine.close()
-    return {"hidden": hidden.float(), "held": held, "inv_freq": model.model.rotary_emb.inv_freq.dtype}
+    return {"hidden": hidden.float(), "held": held, "inv_freq": model.get_decoder().rotary_emb.inv_freq.dtype}
 
 
 def loading_peak(*, folder: str) -> dict:
@@ -90,3 +98,24 @@ def loading_peak(*, folder: str) -> dict:
     finally:
         stream.write_shard = write
     return {"growth": peak - before, "shard": shard, "largest": largest}
+
+
+def exported(*, folder: str, target: str) -> None:
+    """The model of `folder`, loaded in shards and written as a plain folder, without a tokenizer."""
+    model = build(folder)
+    load_pretrained(model, folder=Path(folder), rank=dist.get_rank())
+    ranks = Ranks(rank=dist.get_rank(), world_size=dist.get_world_size())
+    write_export(
+        Path(target),
+        tensors=stream_tensors(model),
+        max_shard_bytes=10**9,
+        save_extras=model.config.save_pretrained,
+        ranks=ranks,
+    )
+
+
+def two_of_an_unknown_family(*, folder: str, module: str) -> list[bool]:
+    """Whether the experts of two models have what their class's decorator gives them; `module` must be new here."""
+    assert module not in sys.modules
+    models = [build(folder) for _ in range(2)]
+    return [hasattr(model.model.layers[0].mlp.experts, "config") for model in models]

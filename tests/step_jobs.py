@@ -14,7 +14,8 @@ from largekd.config.train import OptimConfig, TrainConfig
 from largekd.contracts import Batch
 from largekd.distillation.builder import build_distill_model
 from largekd.distillation.layers import decoder_shape
-from largekd.distillation.step import StepSetting, step_scales, train_step
+from largekd.distillation.router import build_router
+from largekd.distillation.step import StepSetting, plan_of, step_scales, train_step
 from largekd.engine.ds_config import frozen_ds_config, train_ds_config
 from largekd.engine.frozen import FrozenEngine
 from largekd.engine.train import TrainEngine
@@ -24,6 +25,9 @@ from largekd.models.source import read_config
 from largekd.monitoring.timers import Timers
 from largekd.objectives.alignment import Alignment
 from largekd.objectives.layer_maps import pair_layers
+from largekd.objectives.options import PassOptions
+from largekd.objectives.router import RouterTerms
+from largekd.objectives.router_loads import RouterLoads
 from largekd.objectives.selection import TokenSelection
 from largekd.objectives.terms import Objective, build_objective
 from largekd.optim.groups import build_groups
@@ -52,6 +56,8 @@ class Side:
     objective: Objective
     alignment: Alignment | None
     selection: TokenSelection | None
+    router: RouterTerms | None = None
+    loads: RouterLoads | None = None
 
     def close(self) -> None:
         self.teacher.close()
@@ -110,7 +116,8 @@ def build_side(
         _add_noise(alignment, deviation=alignment_noise)
     chosen = whole.config.selection
     selection = None if chosen is None else TokenSelection(chosen, device=device())
-    module = build_distill_model(whole, student=decoders[1], alignment=alignment, selection=selection)
+    router = build_router(whole, student=decoders[1], teacher=decoders[0], teacher_kind="online")
+    module = build_distill_model(whole, student=decoders[1], alignment=alignment, selection=selection, router=router)
     return Side(
         engine=TrainEngine(
             module=module, groups=build_groups(module.named_trainables(), config=optimizer), ds_config=trained
@@ -126,6 +133,8 @@ def build_side(
         objective=whole,
         alignment=alignment,
         selection=selection,
+        router=router,
+        loads=None if router is None else RouterLoads(router, device=device()),
     )
 
 
@@ -174,9 +183,8 @@ def run_step(
     left_out: tuple[tuple[int, ...], ...] = (),
     **options: Any,
 ) -> tuple[Any, Any]:
-    setting = StepSetting.at(
-        objective=side.objective, alignment=side.alignment, step=step, max_steps=10, seed=SEED, left_out=left_out
-    )
+    plan = plan_of(side.alignment, step=step, seed=SEED, router=side.router)
+    setting = StepSetting.at(side.objective, step=step, max_steps=10, seed=SEED, plan=plan, left_out=left_out)
     selection = side.selection
     scales = step_scales(
         batches,
@@ -194,10 +202,15 @@ def run_step(
         teacher=side.teacher,
         lr=lr,
         timers=Timers(),
-        measure=measure,
-        limit=None if selection is None else selection.limit,
-        **options,
+        options=PassOptions(
+            measure=measure,
+            limit=None if selection is None else selection.limit,
+            load_LX=None if side.loads is None else side.loads.share_LX,
+            **options,
+        ),
     )
+    if side.loads is not None and result.outcome.applied:
+        side.loads.learn(result.extras["router"], reduce=all_sum)
     if selection is not None:
         selection.learn(result.extras["histogram"], reduce=all_sum)
     return scales, result

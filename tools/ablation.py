@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
             folder,
             base=given.base,
             variants=_variants(given.variants),
-            seeds=_seeds(given.seeds),
+            seeds=seeds_of(given.seeds),
             ranks=given.ranks,
             overrides=given.overrides,
         )
@@ -151,7 +151,8 @@ def _variants(text: str) -> list[Variant]:
     return [known[name] for name in dict.fromkeys(names)]
 
 
-def _seeds(text: str) -> list[int]:
+def seeds_of(text: str) -> list[int]:
+    """The seeds of a comma-separated list. Errors: ConfigError."""
     wrong = next((seed for seed in text.split(",") if not seed.isdecimal()), None)
     if wrong is not None:
         raise ConfigError(f"--seeds: {wrong!r} is not a whole number.")
@@ -187,8 +188,14 @@ def plan(
     return runs
 
 
-def run_all(runs: Sequence[Run], *, folder: Path, runner: Runner) -> list[Run]:
-    """Do the runs that have no row yet and append their rows; the runs that failed.
+def run_all(
+    runs: Sequence[Run],
+    *,
+    folder: Path,
+    runner: Runner,
+    extra: Callable[[Run], Mapping[str, Any]] = lambda run: {},
+) -> list[Run]:
+    """Do the runs that have no row yet and append their rows, with what `extra` adds; the runs that failed.
 
     Errors: ConfigError when rows are of other settings, or when another process works in the folder.
     """
@@ -202,7 +209,7 @@ def run_all(runs: Sequence[Run], *, folder: Path, runner: Runner) -> list[Run]:
                 if not is_finished(run) and not _do(run, runner=runner):
                     failed.append(run)
                     continue
-                append_row(folder / ROWS, row=row_of(run))
+                append_row(folder / ROWS, row={**row_of(run), **extra(run)})
                 discard_weights(run)
     except Timeout as error:
         raise ConfigError(

@@ -3,7 +3,8 @@
 python tools/inspect_cache.py FOLDER [--no-verify] [--shards N]
 
 Prints what the cache is bound to, its bytes per token, and from its first shards the mass that is kept and a histogram
-of the teacher's entropy (for likeliest ids a lower bound: all other ids are one outcome). Exit status 1: a file is
+of the teacher's entropy (for likeliest ids a lower bound: all other ids are one outcome), and the root mean square of
+what is captured of each layer. Exit status 1: a file is
 damaged, 2: there is no whole cache.
 """
 
@@ -18,6 +19,8 @@ if importlib.util.find_spec("largekd") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     from torch import Tensor
 
     from largekd.teachers.cache_format import Manifest
@@ -67,6 +70,12 @@ def describe(manifest: "Manifest", *, folder: Path) -> None:
         "tokenizer": teacher.tokenizer,
         "rows": f"sequence_length {identity.sequence_length}, packing {identity.packing}",
     }
+    if manifest.layers is not None:
+        layers = manifest.layers
+        lines["layers"] = (
+            f"hidden states of {_listed(layers.hidden)}; attention inputs of {_listed(layers.rules)}; of "
+            f"{layers.depth}, {layers.precision}, {layers.codec.position_bytes:,} bytes per position"
+        )
     for origin, records in manifest.shards.items():
         paths = [shard_path(folder, origin=origin, number=number) for number in range(len(records))]
         size = sum(path.stat().st_size for path in paths if path.is_file())
@@ -75,8 +84,14 @@ def describe(manifest: "Manifest", *, folder: Path) -> None:
             f"{identity.data[origin].samples} samples, {tokens} tokens, {len(records)} shards, "
             f"{size / max(tokens, 1):.1f} bytes per token"
         )
+        if manifest.layers is not None:
+            lines[f"data.{origin}"] += f", {sum(record.positions for record in records)} positions"
     for name, value in lines.items():
         sys.stdout.write(f"{name:11} {value}\n")
+
+
+def _listed(layers: "Iterable[int]") -> str:
+    return ", ".join(map(str, layers)) or "none"
 
 
 def damaged_files(manifest: "Manifest", *, folder: Path) -> list[Path]:
@@ -94,7 +109,7 @@ def damaged_files(manifest: "Manifest", *, folder: Path) -> list[Path]:
 
 
 def show_figures(manifest: "Manifest", *, folder: Path, shards: int) -> None:
-    """Kept mass and entropies of the first shards."""
+    """Kept mass and entropies of the first shards, and the sizes of captured values."""
     import torch
     from safetensors.torch import load_file
 
@@ -106,12 +121,15 @@ def show_figures(manifest: "Manifest", *, folder: Path, shards: int) -> None:
     codec = build_codec(
         manifest.identity.codec, vocab_size=teacher.vocab_size, width=teacher.width, dtype=DTYPES[teacher.precision]
     )
+    paths = [shard_path(folder, origin="train", number=number) for number in range(len(manifest.shards["train"]))]
+    if manifest.layers is not None:
+        show_layers(manifest.layers.codec.shapes, paths=paths[:shards])
     if not isinstance(codec, TopKCodec):
         return
     kept, entropies = [], []
-    for number in range(min(shards, len(manifest.shards["train"]))):
-        rows = load_file(shard_path(folder, origin="train", number=number))
-        rows.pop("offsets")
+    for path in paths[:shards]:
+        stored = load_file(path)
+        rows = {name: stored[name] for name in codec.shapes}
         found = codec.decode(rows)
         logp = torch.cat([found.logp_TK, found.tail_T[:, None]], -1)
         kept.append(-torch.expm1(found.tail_T))
@@ -122,6 +140,19 @@ def show_figures(manifest: "Manifest", *, folder: Path, shards: int) -> None:
     lowest = torch.quantile(mass[: 1 << 20], torch.tensor([0.01, 0.1]))
     sys.stdout.write(f"kept mass   mean {mass.mean():.5f}, 1 % of tokens below {lowest[0]:.4f}, 10 % {lowest[1]:.4f}\n")
     histogram(entropy)
+
+
+def show_layers(names: "Iterable[str]", *, paths: "Sequence[Path]") -> None:
+    """The root mean square of each captured tensor."""
+    from safetensors import safe_open
+
+    for name in names:
+        total, count = 0.0, 0
+        for path in paths:
+            with safe_open(path, framework="pt") as shard:
+                values = shard.get_tensor(name).double()
+            total, count = total + float(values.square().sum()), count + values.numel()
+        sys.stdout.write(f"{name.removeprefix('tap.'):11} root mean square {(total / max(count, 1)) ** 0.5:.4g}\n")
 
 
 def histogram(entropy_T: "Tensor") -> None:

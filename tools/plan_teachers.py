@@ -68,6 +68,7 @@ def kinds(teacher: str, *, student: str) -> dict[str, tuple[dict[str, Any], dict
         "mixture with a second one of 8B": ({"kind": "mixture", "members": members}, {}),
         "average of the student": (ema, {}),
         "the same, 3 supervised layers": (ema, {"deep_supervision": {"layers": [7, 15, 23]}}),
+        "self-shared, an 8B with adapters of rank 8": ({"kind": "self_shared"}, {}),
     }
 
 

@@ -36,11 +36,21 @@ class HiddenCodecConfig(Frozen):
 CodecConfig = Annotated[TopKCodecConfig | SampledCodecConfig | HiddenCodecConfig, Field(discriminator="kind")]
 
 
+class CachedTapsConfig(Frozen):
+    """The teacher's layers that objective.features and objective.attention compare, stored at every position."""
+
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="Dtype of the stored values.")
+
+
 class CacheConfig(Frozen):
     """A teacher's signal on disk, made once and read by any number of runs."""
 
     path: str = Field(min_length=1, description="Folder of the cache; an unfinished one is gone on with.")
     codec: CodecConfig = Field(default_factory=TopKCodecConfig, description="What is stored of each token.")
+    taps: CachedTapsConfig | None = Field(
+        default_factory=CachedTapsConfig,
+        description="Hidden states and attention inputs of the layers that the objective compares; null: none.",
+    )
     shard_samples: int = Field(
         512, ge=1, description="Samples of one file. A rank holds one file in memory while it is made."
     )

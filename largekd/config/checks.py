@@ -1,15 +1,20 @@
 """Rules that join several keys of a run configuration."""
 
 import re
-from collections import Counter
 from collections.abc import Iterator
 
+from largekd.config.design_checks import check_design
+from largekd.config.freezing_checks import check_freezing
+from largekd.config.group_checks import check_groups
+from largekd.config.initialise_checks import check_initialisation
+from largekd.config.lora_checks import check_lora
 from largekd.config.objective_checks import check_objective
 from largekd.config.remote_checks import check_remote
 from largekd.config.rollout_checks import check_rollouts
+from largekd.config.router_checks import check_router
 from largekd.config.run import RunConfig
 from largekd.config.schedule import extremes
-from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig
+from largekd.config.teacher import CachedTeacherConfig, EMATeacherConfig, MixtureTeacherConfig
 from largekd.config.teacher_checks import check_mixture
 from largekd.errors import ConfigError
 
@@ -20,14 +25,19 @@ def check_config(config: RunConfig) -> list[str]:
         *_train(config),
         *check_mixture(config),
         *_student(config),
+        *check_design(config),
+        *check_initialisation(config),
         *_average(config),
         *_self_shared(config),
         *_depth(config),
         *_objective(config),
+        *check_router(config),
         *_optim(config),
         *_data(config),
         *check_rollouts(config),
+        *check_lora(config),
         *check_remote(config.teacher),
+        *check_freezing(config),
     ]
 
 
@@ -50,17 +60,23 @@ def check_world(config: RunConfig, *, world_size: int) -> int:
 
 def _train(config: RunConfig) -> Iterator[str]:
     train = config.train
-    if train.max_steps is None and train.max_epochs is None:
+    if train.max_steps is None and train.max_epochs is None and not config.stages:
         yield "train.max_steps: set it or train.max_epochs, otherwise the run has no end"
 
 
 def _student(config: RunConfig) -> Iterator[str]:
     student, averaged = config.student, isinstance(config.teacher, EMATeacherConfig)
-    if student.model is None and student.config is None and student.teacher_layers is None and not averaged:
-        yield "student.model: set it, or student.config, or student.teacher_layers, otherwise there is no student"
-    teacher = config.teacher
+    shapes = (student.model, student.config, student.teacher_layers, student.design)
+    if all(shape is None for shape in shapes) and not averaged:
+        yield (
+            "student.model: set it, or student.config, student.teacher_layers or student.design, otherwise there is "
+            "no student"
+        )
+    teacher, key = (config.teacher, "teacher")
+    if isinstance(teacher, MixtureTeacherConfig):
+        teacher, key = teacher.members[0].teacher, "teacher.members.0.teacher"
     if isinstance(teacher, CachedTeacherConfig) and teacher.model is None and student.teacher_layers is not None:
-        yield "student.teacher_layers: a cache has no layers; set teacher.model to the teacher that was cached"
+        yield f"student.teacher_layers: a cache has no weights; set {key}.model to the teacher that was cached"
     if student.layers is not None and student.model is None:
         yield "student.layers: it names layers of student.model; set that, or student.teacher_layers"
     for key, layers in (("student.teacher_layers", student.teacher_layers), ("student.layers", student.layers)):
@@ -114,6 +130,8 @@ def _depth(config: RunConfig) -> Iterator[str]:
             yield f"student.layer_drop.rate: goes from {low:g} to {high:g}; it must be at least 0 and less than 1"
         if config.objective.router is not None:
             yield "student.layer_drop: a layer that is left out has no router to balance; remove objective.router"
+    if config.export.depth is not None and config.export.adapter:
+        yield "export.depth: an adapter fits its whole base alone; remove export.depth or export.adapter"
     if config.teacher.kind == "self_shared":
         for key, value in (
             ("student.layer_drop", config.student.layer_drop),
@@ -138,17 +156,7 @@ def _optim(config: RunConfig) -> Iterator[str]:
     optim, max_steps = config.optim, config.train.max_steps
     if max_steps is not None and optim.warmup_steps >= max_steps:
         yield f"optim.warmup_steps = {optim.warmup_steps}: must be less than train.max_steps = {max_steps}"
-    for index, beta in enumerate(optim.betas):
-        if not 0 <= beta < 1:
-            yield f"optim.betas.{index} = {beta}: must be at least 0 and less than 1"
-    for name, count in Counter(group.name for group in optim.groups).items():
-        if count > 1:
-            yield f"optim.groups: the name {name!r} is used {count} times; names must differ"
-    for index, group in enumerate(optim.groups):
-        try:
-            re.compile(group.pattern)
-        except re.error as error:
-            yield f"optim.groups.{index}.pattern = {group.pattern!r}: not a regular expression ({error})"
+    yield from check_groups(optim)
 
 
 def _data(config: RunConfig) -> Iterator[str]:

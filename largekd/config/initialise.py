@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from largekd.config.common import Frozen
+from largekd.config.experts import ExpertsConfig
 
 
 class InitialiseConfig(Frozen):
@@ -15,6 +16,16 @@ class InitialiseConfig(Frozen):
     )
     width: Literal["truncate", "interpolate", "importance", "pca"] = Field(
         "truncate", description="How hidden units, neurons and heads are reduced."
+    )
+    gain: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="truncate, interpolate: weights that read an axis of length m shortened to n are multiplied by "
+        "(m / n) ** gain.",
+    )
+    experts: ExpertsConfig = Field(
+        ExpertsConfig(), description="Where teacher and student differ in their experts; see each key."
     )
     calibration_rows: int = Field(
         64, ge=1, description="Rows of data.train on which activations are measured, by the rules that need some."

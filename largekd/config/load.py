@@ -1,6 +1,5 @@
 """From a YAML file and dotted overrides to a checked RunConfig."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -8,13 +7,14 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
 
 from largekd.config.checks import check_config
 from largekd.config.data import SourceConfig
-from largekd.config.problems import problems, shown
+from largekd.config.parse import read_record
+from largekd.config.problems import shown
 from largekd.config.run import RunConfig
 from largekd.config.schema import records_at
+from largekd.config.staging import check_stages
 from largekd.errors import ConfigError
 
 
@@ -38,40 +38,21 @@ def parse_config(mapping: Mapping[str, Any]) -> RunConfig:
 
 def _parse(mapping: Mapping[str, Any], *, source: str) -> RunConfig:
     try:
-        # Strict JSON mode: lists become tuples, but no text becomes a number and no boolean a count.
-        text = json.dumps(_with_kind(mapping), default=_plain)
-        config = RunConfig.model_validate_json(text, strict=True)
+        config, found = read_record(mapping)
     except (TypeError, RecursionError) as error:
         raise ConfigError(f"{source}: not plain data ({error}).") from error
-    except ValidationError as error:
-        lines = problems(error, record=RunConfig, data=json.loads(text))
-        raise ConfigError(_together(lines, source=source)) from None
-    found = check_config(config)
+    if config is None:
+        raise ConfigError(_together(found, source=source))
+    found = check_config(config) or check_stages(config)
     if found:
         raise ConfigError(_together(found, source=source))
     return config
-
-
-def _with_kind(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A teacher without a kind is an online one: a union of records is told apart by what is written."""
-    teacher = mapping.get("teacher")
-    if not isinstance(teacher, Mapping):
-        return mapping
-    return {**mapping, "teacher": {"kind": "online", **teacher}}
 
 
 def _together(lines: Sequence[str], *, source: str) -> str:
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
     return "\n  ".join([f"{source}: {len(lines)} problems", *lines])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, BaseModel):
-        return value.model_dump(mode="json")
-    raise TypeError(f"{shown(value)} is a {type(value).__name__}; numbers, text, lists and mappings are expected")
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

@@ -23,7 +23,7 @@ class SourceModelConfig(Frozen):
 
 
 class StudentConfig(SourceModelConfig):
-    """The trainable student: `model`, else `config`, else the teacher's layers."""
+    """The trainable student: `design` alone, or `model`, else `config`, else the teacher's layers."""
 
     model: str | None = Field(None, description="Hugging Face folder or hub name; replaces the two keys below.")
     layers: tuple[int, ...] | None = Field(
@@ -33,7 +33,7 @@ class StudentConfig(SourceModelConfig):
     teacher_layers: tuple[int, ...] | None = Field(
         None, description="Indices of the teacher's layers that the student starts from; embeddings and norm too."
     )
-    design: DesignConfig | None = Field(None, description="The teacher's family at a target size.")
+    design: DesignConfig | None = Field(None, description="The teacher's family at a target size; no key above.")
     initialise: InitialiseConfig | None = Field(
         None, description="First weights of a student of `config` or `design`; null: random."
     )

@@ -46,4 +46,7 @@ class ExportConfig(Frozen):
         None, ge=2, description="Export only this many of the student's layers, chosen as for eval.depths; null: all."
     )
     dtype: Literal["fp32", "bf16", "fp16"] | None = Field(None, description="Dtype on disk; null: train.precision.")
+    adapter: bool = Field(
+        False, description="With student.lora, write the adapters to export/adapter too, as a peft folder."
+    )
     max_shard_bytes: int = Field(2_000_000_000, ge=1_000_000, description="Largest safetensors file.")

@@ -57,6 +57,11 @@ REMOVED = {
     "sparse_attention": "it has no successor",
     "sparse_gradients": "gradients of a sparse embedding need no key",
 }
+# Keys that DeepSpeed has and that cannot work with the versions this package is made for.
+BROKEN = {
+    "expert_parallel": "DeepSpeed 0.19.8 cannot read the mixture-of-experts models of transformers from 5.23 on; "
+    "remove it: ZeRO-3 shards the experts like other weights and gathers those of a layer for its forward",
+}
 REMOVED_ZERO = {
     "mics_shard_size": "MiCS is gone; zero_hpz_partition_size shards weights within a node",
     "mics_hierarchical_params_gather": "MiCS is gone; zero_hpz_partition_size shards weights within a node",
@@ -177,6 +182,7 @@ def forbidden(tree: Any) -> list[str]:
         f"{key}: the run configuration owns this; remove it here and set {OWNERS[key]}" for key in tree if key in OWNERS
     ]
     lines += [f"{key}: DeepSpeed removed this key; {REMOVED[key]}" for key in tree if key in REMOVED]
+    lines += [f"{key}: {BROKEN[key]}" for key in tree if key in BROKEN]
     zero = tree.get("zero_optimization")
     if isinstance(zero, dict):
         lines += [

@@ -54,7 +54,9 @@ def _teacher(config: RunConfig, *, rollouts: RolloutConfig) -> Iterator[str]:
         )
     if teacher.kind == "self_shared":
         yield "rollouts: not with teacher.kind = 'self_shared', whose two models share one forward; take the block out"
-    if teacher.kind == "cached":
+    if teacher.kind == "cached" or (
+        teacher.kind == "mixture" and any(member.teacher.kind == "cached" for member in teacher.members)
+    ):
         yield (
             "rollouts: a cached teacher has no signal for tokens that were sampled after it was stored; choose another "
             "teacher.kind, or rollouts.share=0"

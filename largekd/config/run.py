@@ -5,6 +5,7 @@ from pydantic import Field
 from largekd.config.cache import CacheConfig
 from largekd.config.common import Frozen
 from largekd.config.data import DataConfig, EvalConfig
+from largekd.config.freezing import FreezingConfig
 from largekd.config.model import StudentConfig
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.output import CheckpointConfig, ExportConfig, LogConfig, RunFolderConfig
@@ -35,4 +36,7 @@ class RunConfig(Frozen):
     log: LogConfig = Field(default_factory=LogConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
     stages: tuple[StageConfig, ...] = Field((), description="Parts of the run that differ; none: the run is one.")
+    freezing: FreezingConfig | None = Field(
+        None, description="Freeze or thaw the student's layers block by block, in the run or in each stage."
+    )
     cache: CacheConfig | None = Field(None, description="What launch/cache_teacher.py stores; training ignores it.")

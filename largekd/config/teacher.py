@@ -66,12 +66,20 @@ class EMATeacherConfig(Frozen):
     )
 
 
+class BackboneTeacherConfig(Frozen):
+    """The student's own frozen base, without its adapters (student.lora); it takes no memory for weights."""
+
+    kind: Literal["base"] = Field(description="Where the signal comes from.")
+
+
 class MixtureMemberConfig(Frozen):
     """One of several teachers."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$", description="What it is called in logs and in data.")
     weight: float = Field(1.0, ge=0, description="Its share; all shares are divided by their sum.")
-    teacher: OnlineTeacherConfig = Field(description="The teacher itself, a model that runs beside the student.")
+    teacher: Annotated[OnlineTeacherConfig | CachedTeacherConfig, Field(discriminator="kind")] = Field(
+        description="The teacher itself: a model that runs beside the student, or a cache of hidden states."
+    )
 
 
 class FixedWeightsConfig(Frozen):
@@ -121,6 +129,7 @@ TeacherConfig = Annotated[
     | RemoteTeacherConfig
     | EMATeacherConfig
     | MixtureTeacherConfig
-    | SelfSharedTeacherConfig,
+    | SelfSharedTeacherConfig
+    | BackboneTeacherConfig,
     Field(discriminator="kind"),
 ]

@@ -29,7 +29,11 @@ class GroupConfig(Frozen):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="Name in logs, `optim/lr/<name>`.")
     pattern: str = Field(description="Regular expression, searched in the student's parameter names.")
     lr_multiplier: float = Field(1.0, ge=0, description="Factor on optim.lr; 0 freezes the group.")
-    weight_decay: float | None = Field(None, ge=0, description="Overrides optim.weight_decay.")
+    weight_decay: float | None = Field(
+        None, ge=0, description="For all of the group, biases and norms too; null: optim.weight_decay, without those."
+    )
+    betas: tuple[float, float] | None = Field(None, description="Overrides optim.betas.")
+    eps: float | None = Field(None, gt=0, description="Overrides optim.eps.")
 
 
 class OptimConfig(Frozen):
@@ -38,7 +42,7 @@ class OptimConfig(Frozen):
     lr: float = Field(1e-4, gt=0, description="Peak learning rate.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's two decay rates.")
     eps: float = Field(1e-8, gt=0, description="AdamW's denominator term.")
-    weight_decay: float = Field(0.01, ge=0, description="Decoupled decay; never applied to biases and norms.")
+    weight_decay: float = Field(0.01, ge=0, description="Decoupled decay of all but biases and norms.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up to the peak.")
     min_lr_frac: float = Field(0.1, ge=0, le=1, description="Fraction of the peak at the last step.")
@@ -47,3 +51,11 @@ class OptimConfig(Frozen):
         description="torch: bit-exact resume everywhere. deepspeed: its fused GPU or CPU Adam, fast with CPU offload.",
     )
     groups: tuple[GroupConfig, ...] = Field((), description="Learning-rate groups; the first match wins.")
+    strict: bool = Field(False, description="A trainable parameter that no group claims is an error.")
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Factor on the rate per layer below the top: layer i of L learns at layer_decay^(L-1-i), "
+        "embeddings at layer_decay^L, what is behind the layers at 1; times the group's own factor. null: none.",
+    )

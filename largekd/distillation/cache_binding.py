@@ -3,7 +3,9 @@
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -14,12 +16,13 @@ from largekd.config.cache import CacheConfig
 from largekd.config.divergence import FullSignalConfig, TopKSignalConfig
 from largekd.config.run import RunConfig
 from largekd.config.schedule import CurveConfig
-from largekd.config.teacher import CachedTeacherConfig, OnlineTeacherConfig
-from largekd.contracts import Origin, VocabularyHead
+from largekd.config.teacher import CachedTeacherConfig, MixtureTeacherConfig, OnlineTeacherConfig
+from largekd.contracts import Origin, TapRequest, VocabularyHead
 from largekd.data.store import SampleStore
 from largekd.data.templates import load_template
-from largekd.data.vocabulary import tokenizer_fingerprint
-from largekd.distillation.models import Sources
+from largekd.data.vocabulary import load_tokenizer, tokenizer_fingerprint
+from largekd.distillation.layers import compared_layers
+from largekd.distillation.models import Sources, member_key
 from largekd.errors import DataError, TeacherError
 from largekd.models.build import DTYPES
 from largekd.models.source import ModelFolder
@@ -40,6 +43,7 @@ from largekd.teachers.cache_format import (
     file_hash,
     read_manifest,
 )
+from largekd.teachers.cache_taps import StoredLayers, TapIdentity, check_taps
 from largekd.teachers.cached import CachedTeacher
 
 logger = logging.getLogger(__name__)
@@ -60,6 +64,7 @@ def identity_of(
     return Identity(
         format=FORMAT,
         codec=cache.codec,
+        taps=None if cache.taps is None else _tap_identity(config, precision=cache.taps.precision, sources=sources),
         teacher=TeacherIdentity(
             model=teacher.model,
             weights=weights_hash(folder, ranks=ranks, group=group),
@@ -85,6 +90,33 @@ def identity_of(
     )
 
 
+def _tap_identity(config: RunConfig, *, precision: Literal["bf16", "fp32"], sources: Sources) -> TapIdentity | None:
+    """What the objective compares of the teacher. None: nothing. Errors: ConfigError for maps that are measured."""
+    found = _compared(config, sources=sources).values()
+    hidden, attention = ({layer for r in found for layer in getattr(r, kind)} for kind in ("hidden", "attention"))
+    if not hidden and not attention:
+        return None
+    return TapIdentity(precision=precision, hidden=tuple(sorted(hidden)), attention=tuple(sorted(attention)))
+
+
+def _compared(config: RunConfig, *, sources: Sources) -> dict[str, TapRequest]:
+    return compared_layers(
+        config,
+        student_depth=sources.student_config.num_hidden_layers,
+        teacher_depth=sources.teacher.config.num_hidden_layers,
+    )
+
+
+def stored_layers(config: RunConfig) -> StoredLayers | None:
+    """The teacher's layers in the cache of a run that `check_teacher_data` has passed; None: there are none."""
+    teacher, key = config.teacher, "teacher"
+    if isinstance(teacher, MixtureTeacherConfig):
+        teacher, key = teacher.members[0].teacher, member_key(0)
+    if not isinstance(teacher, CachedTeacherConfig):
+        return None
+    return read_manifest(Path(teacher.path).expanduser(), key=f"{key}.path").layers
+
+
 def weights_hash(folder: ModelFolder, *, ranks: Ranks, group: dist.ProcessGroup | None = None) -> str:
     """SHA-256 over names and hashes of a model's safetensors files, which the ranks share out. A collective call."""
     own: dict[str, str] = {}
@@ -97,84 +129,131 @@ def weights_hash(folder: ModelFolder, *, ranks: Ranks, group: dist.ProcessGroup 
 
 
 def check_teacher_data(config: RunConfig, *, sources: Sources, samples: Mapping[Origin, SampleStore]) -> None:
-    """Refuse a cache that was made of something else, lacks shards or holds less than the objective reads; a collective
-    call.
+    """Refuse a cache that was made of something else, lacks shards, or holds less of tokens and layers than the
+    objective reads; a collective call.
 
     It comes before any weight is loaded; what it lets pass is only opened later.
     Errors: TeacherError or DataError naming what differs.
     """
-    if not isinstance(config.teacher, CachedTeacherConfig):
+    caches = list(_caches(config, sources=sources))
+    if not caches:
         return
-    folder, ranks = Path(config.teacher.path).expanduser(), current_ranks()
+    ranks = current_ranks()
     with Together():
-        manifest = read_manifest(folder)
-        check_binding(manifest, folder=folder, config=config, sources=sources, samples=samples)
-        codec = _codec_of(manifest)
-        check_objective_fits(config, codec=codec)
-        # A rank that found this out in the middle of a step would leave the others waiting.
-        check_shards(folder, manifest=manifest, origins=samples, token_bytes=codec.token_bytes, ranks=ranks)
+        for cache in caches:
+            manifest = read_manifest(cache.folder, key=f"{cache.key}.path")
+            check_binding(manifest, cache=cache, config=config, sources=sources, samples=samples)
+            codec = codec_of(manifest.identity)
+            if cache.is_member:
+                _check_member(codec, key=cache.key)
+            check_objective_fits(config, codec=codec)
+            # Of several teachers the first one's layers are compared.
+            for key, request in _compared(config, sources=sources).items() if cache.is_first else ():
+                check_taps(request, layers=manifest.layers, key=f"{key}.layers")
+            # A rank that found this out in the middle of a step would leave the others waiting.
+            check_shards(cache.folder, manifest=manifest, origins=samples, token_bytes=codec.token_bytes, ranks=ranks)
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """A cache of a run: where the configuration names it, and the model with the tokenizer of its teacher."""
+
+    key: str
+    folder: Path
+    model: ModelFolder
+    is_member: bool = False
+    is_first: bool = True
+
+
+def _caches(config: RunConfig, *, sources: Sources) -> Iterator[_Cache]:
+    """All caches that a run reads."""
+    match config.teacher:
+        case CachedTeacherConfig(path=path):
+            yield _Cache("teacher", Path(path).expanduser(), sources.teacher)
+        case MixtureTeacherConfig(members=members):
+            for index, (member, model) in enumerate(zip(members, sources.members, strict=True)):
+                if isinstance(member.teacher, CachedTeacherConfig):
+                    folder = Path(member.teacher.path).expanduser()
+                    yield _Cache(member_key(index), folder, model, is_member=True, is_first=index == 0)
+
+
+def _check_member(codec: AnyCodec, *, key: str) -> None:
+    if not isinstance(codec, HiddenCodec):
+        raise TeacherError(
+            f"{key}.path: a mixture needs its teachers' whole distributions, and this cache holds a few ids of each "
+            "token; make it with cache.codec.kind=hidden."
+        )
 
 
 def open_cached_teacher(
     teacher: CachedTeacherConfig,
     *,
+    model: ModelFolder,
     config: RunConfig,
-    sources: Sources,
+    shared_ids: int,
     ranks: Ranks,
+    key: str = "teacher",
 ) -> CachedTeacher:
     """The cached teacher of a run that `check_teacher_data` has passed. A collective call.
 
+    model: the folder that `teacher.model` names. shared_ids: ids that student and teachers have. key: of `teacher` in
+    the configuration.
     Errors: TeacherError when `teacher.model` is not the model that was cached, or the cache's head is damaged.
     """
     folder = Path(teacher.path).expanduser()
     with Together():
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, key=f"{key}.path")
     if teacher.model is not None:
-        found = weights_hash(sources.teacher, ranks=ranks)
+        found = weights_hash(model, ranks=ranks)
         if found != manifest.identity.teacher.weights:
             raise TeacherError(
-                f"teacher.model = {teacher.model!r} has other weights (SHA-256 {found[:12]}…) than the teacher of "
+                f"{key}.model = {teacher.model!r} has other weights (SHA-256 {found[:12]}…) than the teacher of "
                 f"{folder}, {manifest.identity.teacher.model!r} ({manifest.identity.teacher.weights[:12]}…); choose "
-                "that model, or another teacher.path."
+                f"that model, or another {key}.path."
             )
     with Together():
         head = _read_head(folder, manifest=manifest)
     signal = config.objective.signal
     return CachedTeacher(
         reader=CacheReader(folder, manifest=manifest, pin=not on_cpu()),
-        codec=_codec_of(manifest),
+        codec=codec_of(manifest.identity),
         head=head,
-        shared_ids=sources.shared_vocab_size,
+        shared_ids=shared_ids,
         reads_tail=not (isinstance(signal, TopKSignalConfig) and signal.tail == "renormalise"),
         rank=ranks.rank,
+        layers=manifest.layers,
     )
 
 
-def _codec_of(manifest: Manifest) -> AnyCodec:
-    teacher = manifest.identity.teacher
+def codec_of(identity: Identity) -> AnyCodec:
+    """How this cache's tokens become bytes."""
+    teacher = identity.teacher
     return build_codec(
-        manifest.identity.codec, vocab_size=teacher.vocab_size, width=teacher.width, dtype=DTYPES[teacher.precision]
+        identity.codec, vocab_size=teacher.vocab_size, width=teacher.width, dtype=DTYPES[teacher.precision]
     )
 
 
 def check_binding(
     manifest: Manifest,
     *,
-    folder: Path,
+    cache: _Cache,
     config: RunConfig,
     sources: Sources,
     samples: Mapping[Origin, SampleStore],
 ) -> None:
     """Errors: TeacherError for another tokenizer or translation; DataError for other data, template or length."""
-    identity = manifest.identity
+    identity, folder, model = manifest.identity, cache.folder, cache.model
     if sources.student_of_teacher is not None:
         raise TeacherError(
             "objective.translation: a cache holds the teacher's answers in its own tokens alone; use teacher.kind "
             "online."
         )
-    if tokenizer_fingerprint(sources.teacher_tokenizer) != identity.teacher.tokenizer:
+    tokenizer = sources.teacher_tokenizer
+    if not cache.is_first:
+        tokenizer = load_tokenizer(str(model.path), trust_remote_code=model.trust_remote_code, key=cache.key)
+    if tokenizer_fingerprint(tokenizer) != identity.teacher.tokenizer:
         raise TeacherError(
-            f"the tokenizer of {sources.teacher.path} is not the one that the cache {folder} was made with; restore "
+            f"the tokenizer of {model.path} is not the one that the cache {folder} was made with; restore "
             "it, or make the cache again."
         )
     if config.train.sequence_length != identity.sequence_length:

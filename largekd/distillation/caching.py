@@ -9,41 +9,33 @@ import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
-from safetensors.torch import save_file
 
 from largekd.config.cache import CacheConfig
 from largekd.config.placement import read_placements
 from largekd.config.render import render_config
 from largekd.config.run import RunConfig
 from largekd.config.teacher import OnlineTeacherConfig
-from largekd.contracts import IGNORE_LABEL, Batch, Origin, VocabularyHead
-from largekd.data.collate import collate
-from largekd.data.packing import one_per_row, pack
-from largekd.data.store import SampleStore
-from largekd.distillation.cache_binding import differences, identity_of
+from largekd.contracts import Origin, TapRequest
+from largekd.distillation.cache_binding import codec_of, differences, identity_of
+from largekd.distillation.cache_writer import ShardWriter
 from largekd.distillation.data import build_data
 from largekd.distillation.models import find_sources
 from largekd.distillation.teachers import build_teacher_model
 from largekd.engine.frozen import FrozenEngine
 from largekd.errors import ConfigError, LargeKDError, TeacherError
-from largekd.models.build import DTYPES
 from largekd.models.decoder import Decoder
+from largekd.models.taps import attention_shape, check_layers, hidden_width
 from largekd.runtime.faults import fault_point
-from largekd.runtime.files import TEMPORARY_PREFIX, fsync_path, read_json, remove_tree, temporary_sibling, write_json
+from largekd.runtime.files import TEMPORARY_PREFIX, fsync_path, read_json, remove_tree, write_json
 from largekd.runtime.lock import run_lock
 from largekd.runtime.logging import configure_logging, write_line
 from largekd.runtime.ranks import (
     MainFirst,
     Ranks,
     Together,
-    all_agree,
     current_ranks,
     forget_failure,
     gather_objects,
@@ -52,12 +44,8 @@ from largekd.runtime.ranks import (
     require_same,
 )
 from largekd.runtime.shutdown import StopSignal
-from largekd.sharding.accelerator import device
 from largekd.sharding.cluster import process_group
-from largekd.sharding.shards import gathered
-from largekd.teachers.cache_codec import AnyCodec, HiddenCodec, build_codec
 from largekd.teachers.cache_format import (
-    HEAD_FILE,
     JOB_FILE,
     MANIFEST_FILE,
     TEACHER_FOLDER,
@@ -65,12 +53,10 @@ from largekd.teachers.cache_format import (
     Identity,
     Manifest,
     ShardRecord,
-    file_hash,
     shard_path,
     verified_shard,
-    write_shard,
 )
-from largekd.teachers.readout import Readout
+from largekd.teachers.cache_taps import StoredLayers, TapCodec, TapIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +131,10 @@ def _run(
             _prepare(folder, identity=identity, teacher=sources.teacher.path)
     shards = _verified(folder, identity=identity, ranks=ranks, group=control)
     model = build_teacher_model(config, sources=sources, placements=placements, ranks=ranks)
-    assert model is not None
+    assert model is not None and model.decoder is not None
+    taps = _tap_codec(identity.taps, decoder=model.decoder)
+    if taps is not None and ranks.is_main:
+        logger.info("captured layers take %s bytes a position", f"{taps.position_bytes:,}")
     with ExitStack() as stack:
         engine = FrozenEngine(module=model.decoder, ds_config=model.ds_config)
         stack.callback(engine.close)
@@ -155,19 +144,29 @@ def _run(
             identity=identity,
             engine=engine,
             decoder=model.decoder,
-            codec=build_codec(
-                identity.codec,
-                vocab_size=identity.teacher.vocab_size,
-                width=identity.teacher.width,
-                dtype=DTYPES[identity.teacher.precision],
-            ),
+            codec=codec_of(identity),
+            taps=taps,
             ranks=ranks,
         )
         for origin, samples in data.samples.items():
             if not writer.write_missing(samples, origin=origin, shards=shards[origin], stop=stop):
                 return None
-        head = writer.write_head()
-    return _finish(folder, identity=identity, shards=shards, head=head, ranks=ranks)
+        head, layers = writer.write_head(), writer.stored_layers(data.samples["train"])
+    return _finish(folder, identity=identity, shards=shards, head=head, layers=layers, ranks=ranks)
+
+
+def _tap_codec(identity: TapIdentity | None, *, decoder: Decoder) -> TapCodec | None:
+    """The codec of the layers that the objective compares. Errors: ConfigError for those that cannot be captured."""
+    if identity is None:
+        return None
+    request = TapRequest(hidden=identity.hidden, attention=identity.attention)
+    check_layers(request, model=decoder.model, key="objective, layers of the teacher")
+    return TapCodec(
+        identity.precision,
+        width=hidden_width(decoder.model),
+        hidden=identity.hidden,
+        attention={layer: attention_shape(decoder.model, layer=layer) for layer in identity.attention},
+    )
 
 
 def _prepare(folder: Path, *, identity: Identity, teacher: Path) -> None:
@@ -232,172 +231,13 @@ def _finish(
     identity: Identity,
     shards: Mapping[Origin, Mapping[int, ShardRecord]],
     head: HeadIdentity | None,
+    layers: StoredLayers | None,
     ranks: Ranks,
 ) -> str:
     ordered = {origin: [found[number] for number in sorted(found)] for origin, found in shards.items()}
-    manifest = Manifest.of(identity, shards=ordered, head=head)
+    manifest = Manifest.of(identity, shards=ordered, head=head, layers=layers)
     with Together():
         if ranks.is_main:
             fault_point("cache:before_manifest", rank=ranks.rank, step=0)
             write_json(folder / MANIFEST_FILE, value=manifest.model_dump(mode="json"))
     return manifest.digest
-
-
-@dataclass(frozen=True)
-class ShardWriter:
-    """The teacher with its codec; all ranks call the same methods in the same order."""
-
-    folder: Path
-    identity: Identity
-    engine: FrozenEngine
-    decoder: Decoder
-    codec: AnyCodec
-    ranks: Ranks
-
-    def write_missing(
-        self, samples: SampleStore, *, origin: Origin, shards: dict[int, ShardRecord], stop: StopSignal
-    ) -> bool:
-        """Write the shards that are not in `shards`, and add them to it. False: the ranks agreed to stop."""
-        size, world = self.identity.shard_samples, self.ranks.world_size
-        count = -(-len(samples) // size)
-        missing = [number for number in range(count) if number not in shards]
-        for start in range(0, len(missing), world):
-            if not all_agree(not stop.requested):
-                return False
-            dealt = missing[start : start + world]
-            number = dealt[self.ranks.rank] if self.ranks.rank < len(dealt) else None
-            batches = [] if number is None else self._batches(samples, origin=origin, number=number)
-            record: ShardRecord | None = None
-            rows = self._walk(batches, samples=samples, origin=origin, number=number)
-            with Together():
-                if number is not None:
-                    record = self._write(rows, samples=samples, origin=origin, number=number)
-            found = gather_objects(None if record is None else [number, record.model_dump(mode="json")])
-            shards.update({pair[0]: ShardRecord.model_validate(pair[1]) for pair in found if pair is not None})
-            if self.ranks.is_main:
-                logger.info("data.%s: %d of %d shards", origin, len(shards), count)
-        return True
-
-    def _ids(self, samples: SampleStore, *, number: int) -> NDArray[np.int64]:
-        size = self.identity.shard_samples
-        return np.arange(number * size, min((number + 1) * size, len(samples)), dtype=np.int64)
-
-    def _batches(self, samples: SampleStore, *, origin: Origin, number: int) -> list[Batch]:
-        order = self._ids(samples, number=number)
-        identity = self.identity
-        if identity.packing:
-            rows = pack(samples.lengths, sequence_length=identity.sequence_length, order=order)
-        else:
-            rows = one_per_row(samples.lengths, order=order)
-        size = identity.micro_batch_size
-        return [
-            collate(
-                [*rows[start : start + size], *[()] * max(0, start + size - len(rows))],
-                samples=samples,
-                sequence_length=identity.sequence_length,
-                packing=identity.packing,
-                origin=origin,
-            )
-            for start in range(0, len(rows), size)
-        ]
-
-    def _walk(
-        self, batches: list[Batch], *, samples: SampleStore, origin: Origin, number: int | None
-    ) -> dict[int, dict[str, torch.Tensor]]:
-        """Each sample's rows; as many forwards as the longest shard of the ranks needs."""
-        found: dict[int, dict[str, torch.Tensor]] = {}
-        problem: TeacherError | None = None
-        for place in range(max(gather_objects(len(batches)))):
-            batch = batches[place] if place < len(batches) else self._filler(samples)
-            batch = batch.to(device=device())
-            outputs = self.engine(batch=batch)
-            with ExitStack() as stack:
-                if not isinstance(self.codec, HiddenCodec):
-                    stack.enter_context(gathered(self.decoder.head_parameters))
-                if place >= len(batches):
-                    continue
-                labels_P = batch.labels_BS.flatten()
-                rows_T = (labels_P != IGNORE_LABEL).nonzero().squeeze(-1)
-                hidden_BSE = outputs["last"]
-                readout = Readout(
-                    hidden_BSE.reshape(-1, hidden_BSE.shape[-1]), self._head(), self.identity.teacher.vocab_size
-                )
-                seed = self._seed(origin, number=number or 0, place=place)
-                rows = self.codec.encode(readout, rows_T, labels_T=labels_P[rows_T], seed=seed)
-            bad = _take(found, batches[place], rows={name: rows[name].cpu() for name in rows})
-            if bad is not None and problem is None:
-                record = int(samples.records[bad])
-                problem = TeacherError(
-                    f"data.{origin}: the teacher's output for record {record} is not a number; nothing of this shard "
-                    "was stored. Look at that record, or use train.precision bf16 or fp32."
-                )
-        with Together():
-            if problem is not None:
-                raise problem
-        return found
-
-    def _seed(self, origin: Origin, *, number: int, place: int) -> int:
-        base = getattr(self.identity.codec, "seed", 0) * 2 + (origin == "eval")
-        return int(((base * 1_000_003 + number) * 1_000_003 + place) % 2**63)
-
-    def _filler(self, samples: SampleStore) -> Batch:
-        return collate(
-            [()], samples=samples, sequence_length=self.identity.sequence_length, packing=self.identity.packing
-        )
-
-    def _head(self) -> VocabularyHead:
-        bias = self.decoder.head_bias
-        return self.decoder.head_spec.with_weights(
-            weight_VD=self.decoder.head_weight.detach(), bias_V=None if bias is None else bias.detach()
-        )
-
-    def _write(
-        self, rows: Mapping[int, Mapping[str, torch.Tensor]], *, samples: SampleStore, origin: Origin, number: int
-    ) -> ShardRecord:
-        ordered = [rows[sample] for sample in self._ids(samples, number=number).tolist()]
-        tensors = {name: torch.cat([own[name] for own in ordered]) for name in self.codec.shapes}
-        counts = [len(next(iter(own.values()))) for own in ordered]
-        return write_shard(
-            shard_path(self.folder, origin=origin, number=number),
-            tensors=tensors,
-            offsets=np.concatenate(([0], np.cumsum(counts))).astype(np.int64),
-            rank=self.ranks.rank,
-            number=number,
-        )
-
-    def write_head(self) -> HeadIdentity | None:
-        """The teacher's vocabulary head beside its tokenizer, where the codec needs it. A collective call."""
-        if not isinstance(self.codec, HiddenCodec):
-            return None
-        path, spec = self.folder / TEACHER_FOLDER / HEAD_FILE, self.decoder.head_spec
-        digest = ""
-        with gathered(self.decoder.head_parameters), Together():
-            if self.ranks.is_main:
-                head = self._head()
-                tensors = {"weight": head.weight_VD} | ({} if head.bias_V is None else {"bias": head.bias_V})
-                temporary = temporary_sibling(path, label=path.name)
-                save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, temporary)
-                fsync_path(temporary)
-                temporary.replace(path)
-                fsync_path(path.parent)
-                digest = file_hash(path)
-        return HeadIdentity(
-            vocab_size=spec.vocab_size, scale=spec.scale, softcap=spec.softcap, sha256=gather_objects(digest)[0]
-        )
-
-
-def _take(found: dict[int, dict[str, torch.Tensor]], batch: Batch, *, rows: dict[str, torch.Tensor]) -> int | None:
-    """Share a micro-batch's rows out to its samples; the first sample with something that is not a number."""
-    finite_T = rows.pop("finite")
-    labelled_BS = batch.labels_BS != IGNORE_LABEL
-    start, bad = 0, None
-    for place, row in enumerate(batch.segments):
-        for segment in row:
-            count = int(labelled_BS[place, segment.offset : segment.offset + segment.length].sum())
-            span = slice(start, start + count)
-            found[segment.sample_id] = {name: tensor[span] for name, tensor in rows.items()}
-            if bad is None and not bool(finite_T[span].all()):
-                bad = segment.sample_id
-            start += count
-    assert start == len(finite_T)
-    return bad

@@ -37,8 +37,13 @@ class RunData:
     samples: Mapping[Origin, SampleStore]
 
 
-def build_data(config: RunConfig, *, sources: Sources, ranks: Ranks, folder: Path, first: First) -> RunData:
-    """Read, tokenize and check both data sets. A collective call. Errors: DataError, ConfigError."""
+def build_data(
+    config: RunConfig, *, sources: Sources, ranks: Ranks, folder: Path, first: First, row_seed: int | None = None
+) -> RunData:
+    """Read, tokenize and check both data sets. A collective call. Errors: DataError, ConfigError.
+
+    row_seed: decides the order of the rows; None: train.seed.
+    """
     train, data = config.train, config.data
 
     def load(source: SourceConfig, key: str) -> LoadedSamples:
@@ -73,7 +78,7 @@ def build_data(config: RunConfig, *, sources: Sources, ranks: Ranks, folder: Pat
             sequence_length=train.sequence_length,
             packing=data.packing,
             global_batch_size=train.global_batch_size,
-            seed=train.seed,
+            seed=train.seed if row_seed is None else row_seed,
             shuffle=data.shuffle,
         ),
         micro_batch_size=train.micro_batch_size,

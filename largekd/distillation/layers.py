@@ -12,6 +12,7 @@ from torch import Tensor
 
 from largekd.config.alignment import AdaptiveLayersConfig, AttentionConfig, FeatureConfig
 from largekd.config.run import RunConfig
+from largekd.config.schedule import extremes
 from largekd.contracts import Batch, TapRequest
 from largekd.errors import ConfigError
 from largekd.models.decoder import Decoder
@@ -24,6 +25,7 @@ from largekd.runtime.files import write_json
 from largekd.runtime.ranks import Ranks, Together, all_sum
 from largekd.sharding.accelerator import device
 from largekd.sharding.shards import gathering_forward
+from largekd.teachers.cache_taps import StoredLayers
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def find_pairs(
     *,
     config: RunConfig,
     student: Decoder,
-    teacher: Decoder | None,
+    teacher: Decoder | StoredLayers | None,
     rows: Callable[[int], Iterator[Batch]],
     folder: Path,
     ranks: Ranks,
@@ -46,9 +48,10 @@ def find_pairs(
 ) -> dict[str, tuple[LayerPair, ...]]:
     """The pairs of each alignment term by its name, written to `folder` and logged. A collective call.
 
+    teacher: its layers, or what a cache holds of them.
     rows: this rank's micro-batches of the first so many training rows, as adaptive maps look at. `resumed`: the student
     has learnt since the run's first start, and what was measured then is read again.
-    Errors: ConfigError for layers that do not exist.
+    Errors: ConfigError for layers that do not exist; TeacherError for those that a cache does not hold.
     """
     # Before the first checkpoint the file may be of a start with another configuration.
     if not (objective.features or objective.attention):
@@ -58,17 +61,19 @@ def find_pairs(
             f"objective.features, objective.attention: a teacher of kind {config.teacher.kind!r} has no layers in this "
             "job to compare with; use teacher.kind online or take these terms out."
         )
-    kept: tuple[int, ...] | None = config.student.teacher_layers
+    kept = _kept(config)
     if config.teacher.kind == "self_shared":
         kept = tuple(range(depth(student.model)))
     measured = _earlier(folder / LAYERS_FILE) if resumed else {}
     similarity: dict[int, Tensor] = {}
     pairs: dict[str, tuple[LayerPair, ...]] = {}
-    for key, entry in _entries(objective):
+    for key, entry in _entries(objective.features, objective.attention):
         matrix = None
         if isinstance(entry.layers, AdaptiveLayersConfig) and entry.name not in measured:
             count = entry.layers.rows
             if count not in similarity:
+                if isinstance(teacher, StoredLayers):
+                    raise _not_stored(key)
                 similarity[count] = _measure(rows(count), student=student, teacher=teacher)
             matrix = similarity[count]
         if isinstance(entry.layers, AdaptiveLayersConfig) and matrix is None:
@@ -77,17 +82,27 @@ def find_pairs(
             found = pair_layers(
                 entry.layers,
                 student_depth=depth(student.model),
-                teacher_depth=depth(teacher.model),
+                teacher_depth=_depth(teacher),
                 kept=kept,
                 similarity=matrix,
                 key=key,
             )
         check_sample_pairs(entry.sample_pairs, pairs=found, key=key)
-        kind = "hidden" if isinstance(entry, FeatureConfig) else "attention"
-        for side, decoder in (("student", student), ("teacher", teacher)):
-            layers = tuple(sorted({getattr(pair, side) for pair in found}))
-            check_layers(TapRequest(**{kind: layers}), model=decoder.model, key=f"{key}.layers ({side})")
+        for side, model in (("student", student), ("teacher", teacher)):
+            _check(_asked(entry, pairs=found, side=side), model=model, key=f"{key}.layers ({side})")
         pairs[entry.name] = found
+    _write(pairs, folder=folder, ranks=ranks)
+    return pairs
+
+
+def _check(request: TapRequest, *, model: Decoder | StoredLayers, key: str) -> None:
+    if isinstance(model, StoredLayers):
+        model.check(request, key=key)
+    else:
+        check_layers(request, model=model.model, key=key)
+
+
+def _write(pairs: Mapping[str, tuple[LayerPair, ...]], *, folder: Path, ranks: Ranks) -> None:
     with Together():
         if ranks.is_main and pairs:
             write_json(folder / LAYERS_FILE, value={name: [list(p) for p in found] for name, found in pairs.items()})
@@ -95,14 +110,57 @@ def find_pairs(
                 logger.info(
                     "%s: student layers with their teacher layers %s", name, ", ".join(f"{s}-{t}" for s, t in found)
                 )
-    return pairs
+
+
+def compared_layers(config: RunConfig, *, student_depth: int, teacher_depth: int) -> dict[str, TapRequest]:
+    """What each alignment term compares of the teacher, by the term's key, where the depths alone decide it.
+
+    Errors: ConfigError for layers that do not exist, and for maps that are measured.
+    """
+    objective = config.objective
+    features = [entry for entry in objective.features if extremes(entry.weight)[1] > 0]
+    attention = [entry for entry in objective.attention if extremes(entry.weight)[1] > 0]
+    found = {}
+    for key, entry in _entries(features, attention):
+        if isinstance(entry.layers, AdaptiveLayersConfig):
+            raise _not_stored(key)
+        pairs = pair_layers(
+            entry.layers, student_depth=student_depth, teacher_depth=teacher_depth, kept=_kept(config), key=key
+        )
+        found[key] = _asked(entry, pairs=pairs, side="teacher")
+    return found
+
+
+def _kept(config: RunConfig) -> tuple[int, ...] | None:
+    return config.student.teacher_layers
+
+
+def _asked(entry: FeatureConfig | AttentionConfig, *, pairs: Sequence[LayerPair], side: str) -> TapRequest:
+    layers = tuple(sorted({getattr(pair, side) for pair in pairs}))
+    return TapRequest(hidden=layers) if isinstance(entry, FeatureConfig) else TapRequest(attention=layers)
+
+
+def _depth(model: Decoder | StoredLayers) -> int:
+    return model.depth if isinstance(model, StoredLayers) else depth(model.model)
+
+
+def _not_stored(key: str) -> ConfigError:
+    return ConfigError(
+        f"{key}.layers.map = 'adaptive': the layers are chosen when a run with both models starts, and a cache is made "
+        f"of chosen ones; give the pairs of such a run ({LAYERS_FILE} in its folder) with map: explicit, or choose "
+        "another map."
+    )
 
 
 def decoder_shape(
-    decoder: Decoder, *, side: str, pairs: Mapping[str, tuple[LayerPair, ...]], objective: Objective
+    model: Decoder | StoredLayers, *, side: str, pairs: Mapping[str, tuple[LayerPair, ...]], objective: Objective
 ) -> DecoderShape:
     """The widths and heads that alignment compares; `side` is student or teacher. Errors: ConfigError."""
     layers = sorted({getattr(pair, side) for entry in objective.attention for pair in pairs[entry.name]})
+    if isinstance(model, StoredLayers):
+        shapes = {layer: model.rules[layer].shape for layer in layers}
+        return DecoderShape(model.depth, model.width, check_attention_shapes(shapes, key=side))
+    decoder = model
     shapes = {layer: attention_shape(decoder.model, layer=layer) for layer in layers}
     return DecoderShape(
         depth=depth(decoder.model),
@@ -126,8 +184,10 @@ def check_deep_layers(layers: Sequence[int], *, student: Decoder) -> None:
         )
 
 
-def _entries(objective: Objective) -> Iterator[tuple[str, FeatureConfig | AttentionConfig]]:
-    for kind, entries in (("features", objective.features), ("attention", objective.attention)):
+def _entries(
+    features: Sequence[FeatureConfig], attention: Sequence[AttentionConfig]
+) -> Iterator[tuple[str, FeatureConfig | AttentionConfig]]:
+    for kind, entries in (("features", features), ("attention", attention)):
         for entry in entries:
             yield f"objective.{kind}.{entry.name}", entry
 

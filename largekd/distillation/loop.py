@@ -9,15 +9,17 @@ from largekd.contracts import Batch, Progress
 from largekd.distillation.builder import Parts
 from largekd.distillation.journal import Journal
 from largekd.distillation.numerics import find_culprits
-from largekd.distillation.step import StepResult, StepSetting, step_scales, train_step
+from largekd.distillation.step import StepResult, StepSetting, plan_of, step_scales, train_step
 from largekd.distillation.window import Window
 from largekd.errors import NumericsError
 from largekd.evaluation.heldout import evaluate
 from largekd.generation.texts import sample_texts
+from largekd.monitoring.images import heat_image
 from largekd.monitoring.memory import memory_figures
 from largekd.monitoring.meters import Meters
 from largekd.monitoring.monitor import Monitor
 from largekd.monitoring.timers import Timers
+from largekd.objectives.options import PassOptions
 from largekd.optim.schedule import learning_rate
 from largekd.runtime.ranks import all_agree, all_sum
 from largekd.runtime.shutdown import StopSignal
@@ -63,7 +65,7 @@ def run_steps(
         before = journal.progress
         session.watchdog.beat(f"step {before.step + 1}")
         batches = [batch.to(device=parts.device) for batch in micro_batches]
-        setting = _setting(session, step=before.step, max_steps=before.max_steps)
+        setting = _setting(session, step=before.stage_step, max_steps=before.stage_length)
         _read_ahead(session, micro_batches=micro_batches, setting=setting, progress=before)
         scales = step_scales(
             micro_batches,
@@ -82,11 +84,14 @@ def run_steps(
                 setting=setting,
                 engine=parts.engine,
                 teacher=parts.teacher,
-                lr=learning_rate(step=before.step, max_steps=before.max_steps, config=config.optim),
+                lr=learning_rate(step=before.stage_step, max_steps=before.stage_length, config=config.optim),
                 timers=session.timers,
-                measure=setting.request.distribution is not None and is_health_step,
-                limit=None if selection is None else selection.limit,
-                term_gradients=config.log.term_gradients and is_health_step,
+                options=PassOptions(
+                    measure=setting.request.distribution is not None and is_health_step,
+                    limit=None if selection is None else selection.limit,
+                    load_LX=None if parts.router_loads is None else parts.router_loads.share_LX,
+                    term_gradients=config.log.term_gradients and is_health_step,
+                ),
             )
         except (StoppedWaitingError, TeacherGoneError) as error:
             _take_back(parts)
@@ -97,6 +102,8 @@ def run_steps(
             return False
         if selection is not None and result.outcome.applied:
             selection.learn(result.extras["histogram"], reduce=all_sum)
+        if parts.router_loads is not None and result.outcome.applied:
+            parts.router_loads.learn(result.extras["router"], reduce=all_sum)
         # The optimizer step has waited for the device already, so these reads cost nothing.
         tokens, stopping = round(float(scales.label_tokens)), float(scales.stop_votes) > 0
         seconds = time.perf_counter() - started
@@ -108,7 +115,7 @@ def run_steps(
         except TeacherGoneError:
             save()
             raise
-        last = journal.progress.step >= journal.progress.max_steps
+        last = journal.progress.step >= journal.progress.last
         every = config.checkpoint.every_steps
         if not last and (stopping or (every and journal.progress.step % every == 0)):
             save()
@@ -148,13 +155,13 @@ def evaluate_now(session: Session) -> dict[str, float] | None:
 
 
 def _setting(session: Session, *, step: int, max_steps: int) -> StepSetting:
-    parts, drop = session.parts, session.parts.layer_drop
+    parts, drop, seed = session.parts, session.parts.layer_drop, session.parts.config.train.seed
     return StepSetting.at(
-        objective=parts.objective,
-        alignment=parts.alignment,
+        parts.objective,
         step=step,
         max_steps=max_steps,
-        seed=parts.config.train.seed,
+        seed=seed,
+        plan=plan_of(parts.alignment, step=step, seed=seed, router=parts.router),
         left_out=drop.draw(step=step, max_steps=max_steps, micro_batches=parts.accumulation) if drop else (),
     )
 
@@ -168,9 +175,11 @@ def _read_ahead(session: Session, *, micro_batches: Sequence[Batch], setting: St
     if not isinstance(teacher, ReadsAhead):
         return
     teacher.prepare(micro_batches, request=setting.request)
-    following = None if session.parts.rollouts is not None else loader.upcoming()
+    # Neither with one that is another engine's: this teacher may not be there any more.
+    is_last = progress.step + 1 >= progress.last
+    following = None if is_last or session.parts.rollouts is not None else loader.upcoming()
     if following is not None:
-        later = _setting(session, step=progress.step + 1, max_steps=progress.max_steps)
+        later = _setting(session, step=progress.stage_step + 1, max_steps=progress.stage_length)
         teacher.prepare(following, request=later.request)
 
 
@@ -214,24 +223,29 @@ def _report(session: Session, *, window: Window, progress: Progress, result: Ste
     """Evaluate and write the step's record, where they are due; all ranks take part in both."""
     step, config, parts = progress.step, session.parts.config, session.parts
     every = config.eval.every_steps
-    if parts.evaluation_batches is not None and every and step % every == 0 and step < progress.max_steps:
+    if parts.evaluation_batches is not None and every and step % every == 0 and step < progress.last:
         figures = evaluate_now(session)
         if figures is not None:
             session.monitor.log_evaluation(step=step, values={f"eval/{key}": value for key, value in figures.items()})
-    if not session.monitor.is_log_step(step):
+    if parts.router_loads is not None and session.monitor.is_health_step(step):
+        session.monitor.log_images(step=step, images={"router/load": heat_image(parts.router_loads.heat_map())})
+    if not session.monitor.is_log_step(step) and step != progress.last:
         return
     values = window.flush(timers=session.timers)
     values |= {
         "tokens": float(progress.tokens),
         "optim/grad_norm": result.outcome.grad_norm,
         "optim/skipped_steps": float(progress.skipped_steps),
-        "schedule/alpha": parts.objective.alpha(step=step - 1, max_steps=progress.max_steps),
+        "schedule/alpha": parts.objective.alpha(step=progress.stage_step - 1, max_steps=progress.stage_length),
         "schedule/temperature": setting.temperature,
     }
     for summand, factor in zip(parts.objective.summands, setting.factors, strict=True):
         values[f"schedule/factor/{summand.name}"] = factor
     if parts.layer_drop is not None:
         values["schedule/layer_drop"] = parts.layer_drop.rate(step=step - 1, max_steps=progress.max_steps)
+    values |= {} if parts.router_loads is None else parts.router_loads.figures()
+    if progress.phase or progress.last < progress.max_steps:
+        values |= {"stage/index": float(progress.stage), "stage/phase": float(progress.phase)}
     values |= parts.teacher.metrics
     values |= {} if parts.rollouts is None else parts.rollouts.metrics
     values |= {f"optim/lr/{name}": rate for name, rate in parts.engine.learning_rates().items()}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from largekd.config.run import RunConfig
 from largekd.config.teacher import (
@@ -18,9 +18,13 @@ from largekd.config.teacher import (
     RemoteTeacherConfig,
 )
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
+from largekd.distillation.design import designed_config
+from largekd.distillation.initialise import Measures, check_initialise, initialise_student
 from largekd.errors import ConfigError
+from largekd.initialisation.report import InitialisationReport
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
 from largekd.models.decoder import Decoder, enable_checkpointing
+from largekd.models.lora import add_lora
 from largekd.models.source import ModelFolder, find_model, read_config
 from largekd.runtime.ranks import Ranks
 from largekd.teachers.cache_format import TEACHER_FOLDER, read_manifest
@@ -64,7 +68,7 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     members: tuple[ModelFolder, ...] = ()
     if isinstance(config.teacher, MixtureTeacherConfig):
         members = tuple(
-            _find(member.teacher.model, config=member.teacher, key=_member_model_key(index), first=first)
+            _find_one(member.teacher, key=member_key(index), first=first)[0]
             for index, member in enumerate(config.teacher.members)
         )
         teacher, teacher_key = members[0], _member_model_key(0)
@@ -79,9 +83,13 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
         student_config = read_config(
             Path(config.student.config), key="student.config", trust_remote_code=config.student.trust_remote_code
         )
+    elif config.student.design is not None:
+        student_config = designed_config(config.student.design, teacher=teacher.path, teacher_key=teacher_key)
     else:
         assert config.student.teacher_layers is not None
         student_config = config_with_layers(teacher.config, layers=config.student.teacher_layers)
+    if config.student.initialise is not None:
+        check_initialise(config.student.initialise, teacher=teacher.config, student=student_config)
     teacher_tokenizer = tokenizer
     if student is not None:
         tokenizer = load_tokenizer(str(student.path), trust_remote_code=student.trust_remote_code, key="student.model")
@@ -98,6 +106,8 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
         student_of_teacher = torch.from_numpy(shared_tokens(teacher_tokenizer, tokenizer, **widths))
     teachers = [(_member_model_key(index), member.config) for index, member in enumerate(members)]
     student_key = "student.config" if config.student.config is not None else "student.model"
+    if config.student.design is not None:
+        student_key = "student.design"
     for key, model_config in (*(teachers or [(teacher_key, teacher.config)]), (student_key, student_config)):
         _check_positions(model_config, key=key, sequence_length=config.train.sequence_length)
     return Sources(
@@ -159,24 +169,43 @@ def build_teacher(
     return Decoder(model=model)
 
 
-def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any], ranks: Ranks) -> Decoder:
-    """The sharded student: pretrained, some layers of a pretrained model, random, or made of the teacher's layers."""
-    model = build_model(
-        sources.student_config,
-        ds_config=ds_config,
-        precision=config.train.precision,
-        attention=config.student.attention,
-        trust_remote_code=config.student.trust_remote_code,
-    )
-    if sources.student is not None and config.student.layers is not None:
-        load_layers(model, folder=sources.student.path, rank=ranks.rank, layers=config.student.layers)
-    elif sources.student is not None:
-        load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
-    elif config.student.config is not None:
+def build_student(
+    config: RunConfig,
+    *,
+    sources: Sources,
+    ds_config: Mapping[str, Any],
+    ranks: Ranks,
+    measures: Measures,
+    report_to: Callable[[InitialisationReport], None],
+    resumed: bool = False,
+) -> Decoder:
+    """The sharded student: pretrained, some layers of a pretrained model, random, or made of the teacher.
+
+    measures: of the teacher, for the rules of initialisation that need them. report_to: takes the report of an
+    initialisation, which a resumed run does not repeat: its checkpoint replaces whatever weights are drawn here.
+    A collective call.
+    """
+    model = _student_model(config, sources=sources, ds_config=ds_config)
+    if sources.student is not None:
+        _load_student(model, config=config, folder=sources.student, ranks=ranks)
+    elif config.student.initialise is not None and not resumed:
+        report_to(
+            initialise_student(
+                model,
+                config=config.student.initialise,
+                teacher=sources.teacher,
+                seed=config.train.seed,
+                ranks=ranks,
+                measures=measures,
+            )
+        )
+    elif config.student.teacher_layers is None:
         initialise_randomly(model, seed=config.train.seed, rank=ranks.rank)
     else:
         assert config.student.teacher_layers is not None
         load_layers(model, folder=sources.teacher.path, rank=ranks.rank, layers=config.student.teacher_layers)
+    if config.student.lora is not None:
+        add_lora(model, config=config.student.lora, ds_config=ds_config, seed=config.train.seed)
     if config.train.activation_checkpointing:
         enable_checkpointing(model)
     return Decoder(model=model)
@@ -185,18 +214,27 @@ def build_student(config: RunConfig, *, sources: Sources, ds_config: Mapping[str
 def build_average(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any], ranks: Ranks) -> Decoder:
     """A second model like the student, with the weights that the student starts from."""
     assert sources.student is not None
-    model = build_model(
+    model = _student_model(config, sources=sources, ds_config=ds_config)
+    _load_student(model, config=config, folder=sources.student, ranks=ranks)
+    return Decoder(model=model)
+
+
+def _student_model(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any]) -> PreTrainedModel:
+    return build_model(
         sources.student_config,
         ds_config=ds_config,
         precision=config.train.precision,
         attention=config.student.attention,
         trust_remote_code=config.student.trust_remote_code,
     )
+
+
+def _load_student(model: PreTrainedModel, *, config: RunConfig, folder: ModelFolder, ranks: Ranks) -> None:
+    """All layers of the student's folder, or those that are chosen."""
     if config.student.layers is not None:
-        load_layers(model, folder=sources.student.path, rank=ranks.rank, layers=config.student.layers)
+        load_layers(model, folder=folder.path, rank=ranks.rank, layers=config.student.layers)
     else:
-        load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
-    return Decoder(model=model)
+        load_pretrained(model, folder=folder.path, rank=ranks.rank)
 
 
 def _find_teacher(config: RunConfig, *, student: ModelFolder | None, first: First) -> tuple[ModelFolder, str]:
@@ -204,20 +242,24 @@ def _find_teacher(config: RunConfig, *, student: ModelFolder | None, first: Firs
     names this place."""
     teacher, key = config.teacher, "teacher.model"
     match teacher:
-        case OnlineTeacherConfig():
-            return _find(teacher.model, config=teacher, key=key, first=first), key
+        case OnlineTeacherConfig() | CachedTeacherConfig():
+            return _find_one(teacher, key="teacher", first=first)
         case RemoteTeacherConfig():
-            # Only a student that is made of the teacher's layers reads its weights.
-            weights = config.student.teacher_layers is not None
+            # Only a student that is made of the teacher reads its weights.
+            weights = config.student.teacher_layers is not None or config.student.initialise is not None
             return _find(teacher.model, config=teacher, key=key, first=first, weights=weights), key
-        case CachedTeacherConfig(model=str() as model):
-            return _find(model, config=teacher, key=key, first=first), key
-        case CachedTeacherConfig():
-            folder, key = Path(teacher.path).expanduser(), "teacher.path"
-            read_manifest(folder)
-            return _find(str(folder / TEACHER_FOLDER), config=teacher, key=key, first=first), key
     assert student is not None
     return student, "student.model"
+
+
+def _find_one(teacher: OnlineTeacherConfig | CachedTeacherConfig, *, key: str, first: First) -> tuple[ModelFolder, str]:
+    """The model of a teacher that stands at `key` in the configuration, and the key that names its place."""
+    if teacher.model is not None:
+        return _find(teacher.model, config=teacher, key=f"{key}.model", first=first), f"{key}.model"
+    assert isinstance(teacher, CachedTeacherConfig)
+    folder, key = Path(teacher.path).expanduser(), f"{key}.path"
+    read_manifest(folder, key=key)
+    return _find(str(folder / TEACHER_FOLDER), config=teacher, key=key, first=first), key
 
 
 def _find(name: str, *, config: Any, key: str, first: First, weights: bool = True) -> ModelFolder:

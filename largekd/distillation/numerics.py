@@ -33,6 +33,11 @@ class GradientWatch:
             if tensor.requires_grad:
                 tensor.register_hook(lambda gradient: self._flags.append(gradient.isfinite().all()))
 
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
     def read(self) -> bool:
         """Whether every gradient since the last call was finite; waits for the device."""
         flags, self._flags = self._flags, []

@@ -11,6 +11,7 @@ from largekd.distillation.journal import Journal
 from largekd.models.build import DTYPES, config_with_layers
 from largekd.models.depth import layers_at_depth
 from largekd.models.export import save_extras, stream_tensors
+from largekd.models.lora import adapter_tensors, save_adapter
 from largekd.models.pruning import pruned_config, pruned_tensors
 from largekd.monitoring.memory import process_memory
 from largekd.monitoring.monitor import TENSORBOARD_FOLDER
@@ -20,6 +21,7 @@ from largekd.teachers.ema import EMATeacher
 from largekd.teachers.self_shared import SelfSharedTeacher
 
 EXPORT_FOLDER = "export"
+ADAPTER_FOLDER = "adapter"
 
 
 def export_student(parts: Parts, *, folder: Path) -> Path:
@@ -33,6 +35,13 @@ def export_student(parts: Parts, *, folder: Path) -> Path:
         assert isinstance(parts.teacher, EMATeacher)
         model = parts.teacher.model
     dtype = DTYPES[config.export.dtype or config.train.precision]
+
+    lora, own = config.student.lora, {}
+    if config.export.adapter:
+        for name, tensor in adapter_tensors(model):
+            # All ranks take part in gathering; one of them writes.
+            if parts.ranks.is_main:
+                own[name] = tensor.to(device="cpu", dtype=dtype, copy=True).contiguous()
 
     # A self-shared student is smaller than the model it was trained in.
     pruned = parts.teacher.student if isinstance(parts.teacher, SelfSharedTeacher) else None
@@ -50,6 +59,9 @@ def export_student(parts: Parts, *, folder: Path) -> Path:
             source=parts.sources.tokenizer_folder,
             model_config=model_config,
         )
+        if own:
+            assert lora is not None and config.student.model is not None
+            save_adapter(pending / ADAPTER_FOLDER, model=model, config=lora, tensors=own, base=config.student.model)
 
     write_export(
         target,

@@ -1,10 +1,11 @@
 """One run from its configuration to its exported student: the whole pipeline, in order."""
 
 import functools
+import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,23 @@ from largekd.distillation.folder import CHECKPOINT_FOLDER, mark_done, open_folde
 from largekd.distillation.journal import Journal
 from largekd.distillation.loop import Session, evaluate_now, run_steps
 from largekd.distillation.output import export_student, write_summary
+from largekd.distillation.phases import Phase
+from largekd.distillation.prepared import Beginning, Inherited
 from largekd.distillation.remote import Surroundings
+from largekd.distillation.stages import hand_over, phase_of, prepare_stages, stage_folder
+from largekd.engine.carried import frozen_digest
 from largekd.errors import CheckpointError, LargeKDError
 from largekd.monitoring.meters import Meters
 from largekd.monitoring.monitor import Monitor
 from largekd.monitoring.summary import render_summary
 from largekd.monitoring.timers import Timers, event_factory
+from largekd.runtime.faults import fault_point
+from largekd.runtime.files import read_json
 from largekd.runtime.lock import run_lock
 from largekd.runtime.logging import configure_logging, write_line
 from largekd.runtime.ranks import (
     Ranks,
+    all_agree,
     current_ranks,
     forget_failure,
     main_failed_too,
@@ -92,67 +100,145 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         watchdog = stack.enter_context(Watchdog(timeout_s=timeout_s, folder=folder, ranks=ranks))
         stack.enter_context(_reporting_failure(watchdog))
         watchdog.beat("build", allowed_s=_DAY_S)
-        patience = Patience(wait_s=0.0, beat=watchdog.beat, stopping=lambda: stop.requested, group=control)
-        parts = build(
-            config,
-            ranks=ranks,
+        around = Surroundings(
             folder=folder,
-            control=control,
-            resumed=checkpoint is not None,
-            around=Surroundings(folder=folder, patience=patience),
+            patience=Patience(wait_s=0.0, beat=watchdog.beat, stopping=lambda: stop.requested, group=control),
         )
-        stack.callback(parts.close)
-        if checkpoint is not None and not parts.resumable:
-            raise CheckpointError(
-                f"{checkpoint} cannot be resumed with student.deepspeed = {config.student.deepspeed!r}: DeepSpeed does "
-                "not restore an optimizer on NVMe. Keep it in host memory (offload_optimizer.device cpu)."
-            )
-        # Transformers and DeepSpeed have set up their own loggers by now.
-        configure_logging(level=config.log.level, rank=ranks.rank)
+        phases, prepared = prepare_stages(config, ranks=ranks, folder=folder, control=control)
         journal = Journal()
-        owners = _owners(parts, journal=journal, ranks=ranks)
         if checkpoint is not None:
-            load_state(checkpoint, owners=owners)
+            journal.restore(read_json(checkpoint / "progress" / "state.json"))
+        here = _Here(phase=phase_of(phases, index=journal.progress.phase, checkpoint=checkpoint))
+        stack.callback(here.close)
+
+        def enter(phase: Phase, *, inherited: Inherited | None) -> None:
+            """Build the parts of a phase; the first one of this process may have a checkpoint."""
+            watchdog.beat(f"build {phase.name}", allowed_s=_DAY_S)
+            if inherited is not None:
+                fault_point("stage:switch", rank=ranks.rank, step=journal.progress.step)
+            here.phase = phase
+            here.parts = build(
+                prepared[phase.stage.index],
+                folder=stage_folder(folder, stage=phase.stage, config=config),
+                beginning=Beginning(
+                    phase=phase.index,
+                    frozen=phase.frozen,
+                    resumed=not phase.begins_stage or (inherited is None and checkpoint is not None),
+                    inherited=inherited,
+                    updates=journal.updates,
+                ),
+                around=around,
+            )
+            # Transformers and DeepSpeed have set up their own loggers by now.
+            configure_logging(level=config.log.level, rank=ranks.rank)
+
+        enter(here.phase, inherited=None)
+        if checkpoint is not None:
+            _check_resumable(here.parts, checkpoint=checkpoint)
+            load_state(checkpoint, owners=_owners(here.parts, journal=journal, ranks=ranks))
             if ranks.is_main:
                 logger.info("resumed at step %d from %s", journal.progress.step, checkpoint)
-        journal.progress = replace(journal.progress, max_steps=parts.loader.total_steps())
-        session = Session(
-            parts=parts,
-            monitor=stack.enter_context(_monitor(config, folder=folder, journal=journal, ranks=ranks)),
-            timers=Timers(events=event_factory(device=parts.device)),
-            meters=Meters(device=parts.device),
-            stop=stop,
-            watchdog=watchdog,
-        )
+        journal.progress = here.phase.enter(journal.progress, total=phases[-1].end)
+        monitor = stack.enter_context(_monitor(config, folder=folder, journal=journal, ranks=ranks))
+        timers, meters = Timers(events=event_factory(device=here.parts.device)), Meters(device=here.parts.device)
+
+        def session() -> Session:
+            """Made anew for each use: one that is kept would keep an engine that was replaced."""
+            return Session(
+                parts=here.parts, monitor=monitor, timers=timers, meters=meters, stop=stop, watchdog=watchdog
+            )
 
         def save() -> None:
             watchdog.beat(f"checkpoint at step {journal.progress.step}", allowed_s=_SLOW * timeout_s)
-            if parts.resumable:
+            if here.parts.resumable:
+                owners = _owners(here.parts, journal=journal, ranks=ranks)
                 save_state(store, step=journal.progress.step, owners=owners)
             elif ranks.is_main:
                 logger.warning("no checkpoint: DeepSpeed could not restore this run's optimizer from NVMe")
 
-        if not _assess(session, journal=journal, name="before"):
-            _stopped(session, journal=journal)
+        if not _assess(session(), journal=journal, name="before"):
+            _stopped(session(), journal=journal)
             return None
-        if not run_steps(session, steps=_steps(session, journal=journal), journal=journal, save=save):
-            _stopped(session, journal=journal)
-            return None
-        save()
-        if not _assess(session, journal=journal, name="after"):
-            _stopped(session, journal=journal)
+        while True:
+            if not _run_phase(session(), journal=journal, save=save):
+                _stopped(session(), journal=journal)
+                return None
+            if here.phase.index + 1 == len(phases):
+                break
+            if here.phase.ends_stage and not _assess(session(), journal=journal, name=f"stage.{here.phase.stage.name}"):
+                _stopped(session(), journal=journal)
+                return None
+            following = phases[here.phase.index + 1]
+            # Under no name here: what was handed over, as large as the optimizer, is not to outlive the switch.
+            enter(following, inherited=here.hand_over(to=following))
+            journal.updates = dict(here.parts.updates)
+            journal.progress = following.enter(journal.progress, total=phases[-1].end)
+        if not _assess(session(), journal=journal, name="after"):
+            _stopped(session(), journal=journal)
             return None
         watchdog.beat("export", allowed_s=_SLOW * timeout_s)
-        export_dir = export_student(parts, folder=folder)
+        export_dir = export_student(here.parts, folder=folder)
         summary = write_summary(folder, journal=journal, export_dir=export_dir, config=config, ranks=ranks)
         mark_done(folder, step=journal.progress.step, config=config, ranks=ranks)
         return summary
 
 
+class _Here:
+    """The phase that a run is in, and its parts once they are built."""
+
+    def __init__(self, *, phase: Phase) -> None:
+        self.phase = phase
+        self._parts: Parts | None = None
+
+    @property
+    def parts(self) -> Parts:
+        """The parts of this moment."""
+        assert self._parts is not None
+        return self._parts
+
+    @parts.setter
+    def parts(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def hand_over(self, *, to: Phase) -> Inherited:
+        """End the phase; from here to the next parts there are none to close."""
+        parts, self._parts = self.parts, None
+        inherited = hand_over(parts, to=to)
+        del parts
+        # An engine and its optimizer refer to each other; without this both would stay until some later collection.
+        gc.collect()
+        return inherited
+
+    def close(self) -> None:
+        """Take down what there is."""
+        if self._parts is not None:
+            self._parts.close()
+
+
+def _run_phase(session: Session, *, journal: Journal, save: Callable[[], None]) -> bool:
+    """Train to the phase's end and save; False where the ranks agreed to stop."""
+    parts = session.parts
+    before = frozen_digest(parts.named_trainables())
+    if not run_steps(session, steps=_steps(session, journal=journal), journal=journal, save=save):
+        return False
+    assert frozen_digest(parts.named_trainables()) == before, "a frozen parameter has changed"
+    save()
+    done = journal.progress.step >= journal.progress.max_steps
+    return done or all_agree(not session.stop.requested)
+
+
+def _check_resumable(parts: Parts, *, checkpoint: Path) -> None:
+    if not parts.resumable:
+        raise CheckpointError(
+            f"{checkpoint} cannot be resumed with student.deepspeed = {parts.config.student.deepspeed!r}: DeepSpeed "
+            "does not restore an optimizer on NVMe. Keep it in host memory (offload_optimizer.device cpu)."
+        )
+
+
 def _steps(session: Session, *, journal: Journal) -> Iterator[Sequence[Batch]]:
     """The loader's steps from here on, with rows replaced by rollouts where the run writes some."""
     parts, allowed_s = session.parts, _SLOW * session.parts.config.train.collective_timeout_s
-    steps = iter(parts.loader)
+    steps: Iterator[Sequence[Batch]] = islice(parts.loader, journal.progress.last - journal.progress.step)
     if parts.rollouts is None:
         return steps
     beat = functools.partial(session.watchdog.beat, "rollout", allowed_s=allowed_s)
@@ -180,6 +266,9 @@ def _owners(parts: Parts, *, journal: Journal, ranks: Ranks) -> dict[str, StateO
         owners["teacher"] = parts.teacher.state
     if parts.rollouts is not None:
         owners["rollouts"] = JsonOwner(get=parts.rollouts.state, put=parts.rollouts.restore, ranks=ranks)
+    if parts.router_loads is not None:
+        loads = parts.router_loads
+        owners["router"] = JsonOwner(get=loads.state, put=loads.restore, ranks=ranks)
     if parts.selection is not None:
         owners["selection"] = JsonOwner(get=parts.selection.state, put=parts.selection.restore, ranks=ranks)
     return owners

@@ -1,14 +1,17 @@
 """Building the teacher that `teacher.kind` names; several of them one by one."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from largekd.config.placement import Placements
 from largekd.config.run import RunConfig
 from largekd.config.teacher import (
+    BackboneTeacherConfig,
     CachedTeacherConfig,
     EMATeacherConfig,
+    MixtureMemberConfig,
     MixtureTeacherConfig,
     OnlineTeacherConfig,
     RemoteTeacherConfig,
@@ -24,6 +27,7 @@ from largekd.models.source import ModelFolder
 from largekd.runtime.ranks import Ranks
 from largekd.sharding.accelerator import device
 from largekd.teachers.average import ShardAverage
+from largekd.teachers.backbone import BackboneTeacher
 from largekd.teachers.ema import EMATeacher
 from largekd.teachers.mixture import Member, MixtureTeacher
 from largekd.teachers.online import OnlineTeacher
@@ -34,12 +38,13 @@ from largekd.teachers.protocol import Teacher
 class TeacherModel:
     """A teacher's weights in this job, before its engine: alignment looks at them while the student is built.
 
-    members: each of several teachers; the decoder and the placement are then those of the first.
+    members: of several teachers those with weights in this job, by their place; the decoder and the placement are then
+    those of the first teacher, None and empty where it has none.
     """
 
-    decoder: Decoder
+    decoder: Decoder | None
     ds_config: dict[str, Any]
-    members: tuple["TeacherModel", ...] = ()
+    members: Mapping[int, "TeacherModel"] = field(default_factory=dict)
 
 
 def build_teacher_model(
@@ -63,11 +68,13 @@ def build_teacher_model(
             ds_config = placed("teacher")
             return TeacherModel(build_average(config, sources=sources, ds_config=ds_config, ranks=ranks), ds_config)
         case MixtureTeacherConfig(members=members):
-            built = tuple(
-                online(member.teacher, folder=folder, key=member_key(index))
+            built = {
+                index: online(member.teacher, folder=folder, key=member_key(index))
                 for index, (member, folder) in enumerate(zip(members, sources.members, strict=True))
-            )
-            return TeacherModel(built[0].decoder, built[0].ds_config, built)
+                if isinstance(member.teacher, OnlineTeacherConfig)
+            }
+            leading = built.get(0, TeacherModel(None, {}))
+            return replace(leading, members=built) if built else None
     return None
 
 
@@ -82,41 +89,50 @@ def serve_teacher(
 ) -> Teacher:
     """The teacher, ready for its first signals. A collective call. Errors: LargeKDError."""
 
-    def online(own: TeacherModel | None, *, gather_head: str) -> OnlineTeacher:
-        assert own is not None
-        return OnlineTeacher(
-            engine=FrozenEngine(module=own.decoder, ds_config=own.ds_config),
-            decoder=own.decoder,
-            gather_head_once=gather_head == "step",
-            shared_ids=sources.shared_vocab_size,
-            student_of_W=None if sources.student_of_teacher is None else sources.student_of_teacher.to(device()),
-            rank=ranks.rank,
-        )
+    online = partial(_online, sources=sources, ranks=ranks)
+
+    def cached(teacher: CachedTeacherConfig, *, folder: ModelFolder, key: str) -> Teacher:
+        shared = sources.shared_vocab_size
+        return open_cached_teacher(teacher, model=folder, config=config, shared_ids=shared, ranks=ranks, key=key)
+
+    def member(index: int, *, entry: MixtureMemberConfig) -> Member:
+        if isinstance(entry.teacher, CachedTeacherConfig):
+            teacher = cached(entry.teacher, folder=sources.members[index], key=member_key(index))
+        else:
+            assert model is not None
+            teacher = online(model.members[index], gather_head=entry.teacher.gather_head)
+        return Member(name=entry.name, weight=entry.weight, teacher=teacher)
 
     match config.teacher:
         case OnlineTeacherConfig(gather_head=gather_head):
             return online(model, gather_head=gather_head)
         case EMATeacherConfig() as ema:
-            assert model is not None
+            assert model is not None and model.decoder is not None
             average = ShardAverage(source=student.model, target=model.decoder.model, decay=ema.decay, warmup=ema.warmup)
             teacher = online(model, gather_head=ema.gather_head)
             return EMATeacher(online=teacher, average=average, model=model.decoder.model, ranks=ranks)
         case MixtureTeacherConfig() as mixture:
-            assert model is not None
-            members = [
-                Member(
-                    name=member.name,
-                    weight=member.weight,
-                    teacher=online(own, gather_head=member.teacher.gather_head),
-                )
-                for member, own in zip(mixture.members, model.members, strict=True)
-            ]
+            members = [member(index, entry=entry) for index, entry in enumerate(mixture.members)]
             return MixtureTeacher(members, weighting=mixture.weighting, ranks=ranks, device=device(), taps_from=0)
-        case CachedTeacherConfig() as cached:
-            return open_cached_teacher(cached, config=config, sources=sources, ranks=ranks)
+        case BackboneTeacherConfig():
+            return BackboneTeacher(student.model)
+        case CachedTeacherConfig() as stored:
+            return cached(stored, folder=sources.teacher, key="teacher")
         case RemoteTeacherConfig() as remote:
             return build_remote(remote, config=config, sources=sources, ranks=ranks, around=around or Surroundings())
     raise ConfigError(f"teacher.kind = {config.teacher.kind!r}: has no teacher of its own.")
+
+
+def _online(own: TeacherModel | None, *, gather_head: str, sources: Sources, ranks: Ranks) -> OnlineTeacher:
+    assert own is not None and own.decoder is not None
+    return OnlineTeacher(
+        engine=FrozenEngine(module=own.decoder, ds_config=own.ds_config),
+        decoder=own.decoder,
+        gather_head_once=gather_head == "step",
+        shared_ids=sources.shared_vocab_size,
+        student_of_W=None if sources.student_of_teacher is None else sources.student_of_teacher.to(device()),
+        rank=ranks.rank,
+    )
 
 
 def teacher_ds_configs(model: TeacherModel | None) -> Mapping[str, Any]:
@@ -125,4 +141,4 @@ def teacher_ds_configs(model: TeacherModel | None) -> Mapping[str, Any]:
         return {}
     if not model.members:
         return {"teacher": model.ds_config}
-    return {member_key(index): member.ds_config for index, member in enumerate(model.members)}
+    return {member_key(index): member.ds_config for index, member in model.members.items()}

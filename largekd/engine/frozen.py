@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from largekd.engine.leaf_modules import mark_leaf_modules
+
 
 class FrozenEngine:
     """A module whose sharded parameters are gathered module by module during its forward; it never learns."""
@@ -15,6 +17,7 @@ class FrozenEngine:
 
         module.requires_grad_(False)
         module.eval()
+        mark_leaf_modules(module)
         self._engine = deepspeed.initialize(model=module, config=dict(ds_config), dist_init_required=False)[0]
         self._engine.eval()
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from largekd.engine.leaf_modules import mark_leaf_modules
 from largekd.errors import CheckpointError
 from largekd.optim.groups import ParameterGroup
 
@@ -30,12 +31,10 @@ class TrainEngine:
         import deepspeed
 
         _import_muon_uncompiled()
+        mark_leaf_modules(module)
         self._engine = deepspeed.initialize(
             model=module,
-            model_parameters=[
-                {"params": list(group.parameters), "name": group.name, "weight_decay": group.weight_decay}
-                for group in groups
-            ],
+            model_parameters=[_optimizer_group(group) for group in groups if not group.is_frozen],
             config=dict(ds_config),
             dist_init_required=False,
         )[0]
@@ -117,8 +116,35 @@ class TrainEngine:
             raise CheckpointError(f"{folder}: DeepSpeed found no engine state to load there.")
 
     def close(self) -> None:
-        """Remove the hooks and free optimizer state and buffers."""
+        """Remove the hooks and free optimizer state and buffers; the module stays, with its weights."""
         self._engine.destroy()
+        # References from autograd's side outlive the engine; what they keep is made empty.
+        optimizer = self._engine.optimizer
+        offload = optimizer.parameter_offload
+        coordinator = offload.get_param_coordinator()
+        # Caches of the class hold every coordinator and module that ever was.
+        for member in vars(type(coordinator)).values():
+            _clear_cache(member)
+        for left in (coordinator, offload, optimizer, self._engine):
+            left.__dict__.clear()
+        nn.Module.__init__(self._engine)
+
+
+def _clear_cache(member: Any) -> None:
+    """Empty the `lru_cache` of a method that DeepSpeed has wrapped in another function."""
+    for cell in getattr(member, "__closure__", None) or ():
+        if hasattr(cell.cell_contents, "cache_clear"):
+            cell.cell_contents.cache_clear()
+
+
+def _optimizer_group(group: ParameterGroup) -> dict[str, Any]:
+    return {
+        "params": list(group.parameters),
+        "name": group.name,
+        "weight_decay": group.weight_decay,
+        "betas": group.betas,
+        "eps": group.eps,
+    }
 
 
 def _copy_nothing(save_dir: str) -> None:

@@ -42,6 +42,9 @@ class StudentMaps:
     """The whole plan of a smaller student: `layers[i]` is the teacher's layer that layer i of the student comes from.
 
     Maps by layer are keyed by the student's layer; an axis without a map is taken as it is.
+    gains: by role, the factor of weights that read this axis; 1 where it is missing. That of the width takes back what
+    a norm over fewer units does: it stands in the weights behind such a norm, for the head in the final norm (the head
+    may be tied), and where a norm writes to the stream in that norm.
     """
 
     layers: tuple[int, ...]
@@ -50,3 +53,21 @@ class StudentMaps:
     ffn: Mapping[int, AxisMap] = field(default_factory=dict)
     heads: Mapping[int, AxisMap] = field(default_factory=dict)
     kv_heads: Mapping[int, AxisMap] = field(default_factory=dict)
+    gains: Mapping[Role, float] = field(default_factory=dict)
+
+    def of(self, role: Role, *, layer: int | None) -> AxisMap | None:
+        """The map of an axis of the student's `layer` (None: outside of the layers)."""
+        if role == "width":
+            return self.width
+        if role == "vocabulary":
+            return self.vocabulary
+        assert layer is not None
+        maps: dict[Role, Mapping[int, AxisMap]] = {"ffn": self.ffn, "heads": self.heads, "kv_heads": self.kv_heads}
+        return maps[role].get(layer)
+
+
+def evenly_spaced(count: int, *, of: int) -> tuple[int, ...]:
+    """`count` of the places 0 … of − 1 at equal distances with both ends (one place: the first); halves go down."""
+    if count == 1:
+        return (0,)
+    return tuple((2 * index * (of - 1) + count - 2) // (2 * (count - 1)) for index in range(count))

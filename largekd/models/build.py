@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from largekd.errors import ConfigError
 from largekd.sharding.shards import gathered, sharded_init
@@ -32,6 +32,9 @@ def build_model(
     """
     config = deepcopy(config)
     config.use_cache = False
+    # The family's file is imported here: classes that are made inside sharded_init lose, when it ends, what a decorator
+    # did to their __init__, and a second mixture of experts of the family could not run.
+    MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     try:
         with sharded_init(ds_config):
             model = AutoModelForCausalLM.from_config(
@@ -47,6 +50,13 @@ def build_model(
         ) from error
     # Tying is part of the initialisation that sharded_init skips.
     model.tie_weights()
+    return model
+
+
+def skeleton(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of this shape without weights: its names and shapes."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 

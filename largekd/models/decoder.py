@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from largekd.contracts import AttentionInputs, Batch, TapRequest, Taps, VocabularyHead
+from largekd.contracts import AttentionInputs, Batch, RouterTap, TapRequest, Taps, VocabularyHead
 from largekd.errors import ConfigError
 from largekd.models.adapters import ADAPTERS_KEY, AdapterUse
 from largekd.models.depth import leaving_out
@@ -26,6 +26,7 @@ PROVEN_FAMILIES = frozenset(
         "gemma",
         "gemma2",
         "gemma3_text",
+        "gpt_neox",
         "granite",
         "llama",
         "mistral",
@@ -102,7 +103,8 @@ class Decoder(nn.Module):
     ) -> dict[str, Tensor]:
         """`last`: hidden states after the final norm, (B, S, D); and per tapped layer i, see `taps_of`:
 
-        `hidden.<i>` (B, S, D); `attention.<i>.query` (B, H, S, d), `.key` and `.value` (B, G, S, d).
+        `hidden.<i>` (B, S, D); `attention.<i>.query` (B, H, S, d), `.key` and `.value` (B, G, S, d);
+        `router.<i>.logits` (B, S, X) and `.choice` (B, S, K).
         adapters: for a model that `adapt` has given some, which of them; see AdapterUse. None: the student's.
         left_out: layers that hand their input on; what they would have attended with cannot be tapped.
         """
@@ -118,6 +120,9 @@ class Decoder(nn.Module):
         outputs = {"last": last.reshape(rows, positions, -1)}
         for layer, hidden in capture.hidden.items():
             outputs[f"hidden.{layer}"] = hidden.reshape(rows, positions, -1)
+        for layer, (logits, choice) in capture.router.items():
+            outputs[f"router.{layer}.logits"] = logits.reshape(rows, positions, -1)
+            outputs[f"router.{layer}.choice"] = choice.reshape(rows, positions, -1)
         for layer, captured in capture.attention.items():
             for name, tensor in zip(("query", "key", "value"), captured, strict=True):
                 # (1, heads, B·S, d) -> (B, heads, S, d)
@@ -128,13 +133,15 @@ class Decoder(nn.Module):
 
     def taps_of(self, outputs: Mapping[str, Tensor]) -> Taps:
         """The tapped activations among what `forward` returned, as records; called outside of any module's forward."""
-        hidden, layers = {}, set()
+        hidden, layers, routers = {}, set(), set()
         for name in outputs:
             kind, _, rest = name.partition(".")
             if kind == "hidden":
                 hidden[int(rest)] = outputs[name]
             elif kind == "attention":
                 layers.add(int(rest.split(".")[0]))
+            elif kind == "router":
+                routers.add(int(rest.split(".")[0]))
         attention = {
             layer: AttentionInputs(
                 query_BHSd=outputs[f"attention.{layer}.query"],
@@ -146,7 +153,11 @@ class Decoder(nn.Module):
             )
             for layer in sorted(layers)
         }
-        return Taps(hidden=hidden, attention=attention)
+        router = {
+            layer: RouterTap(logits_BSX=outputs[f"router.{layer}.logits"], choice_BSK=outputs[f"router.{layer}.choice"])
+            for layer in sorted(routers)
+        }
+        return Taps(hidden=hidden, attention=attention, router=router)
 
 
 def head_spec(model: PreTrainedModel) -> HeadSpec:

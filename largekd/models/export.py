@@ -8,24 +8,26 @@ from torch import Tensor
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from largekd.models.build import layers_path
-from largekd.sharding.shards import gathered
+from largekd.models.lora import whole_parameters
+from largekd.sharding.layout import Layout
 
 
 def stream_tensors(model: PreTrainedModel, *, layers: Sequence[int] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter once, whole, under its Hugging Face name; tied ones under the first name.
+    """Every parameter once, adapters merged, under the name and in the parts that `save_pretrained` stores.
 
+    Tied ones come under the first name. Experts that the model holds as one tensor come one by one, as other engines
+    and the hub want them.
     layers: of the decoder's layers only these, numbered anew; None: all.
     A collective call: all ranks walk it to the end. A tensor is valid until the next one is asked for.
     """
-    renamed = _renamer(model, layers=layers)
-    for name, parameter in model.named_parameters():
+    renamed, layout = _renamer(model, layers=layers), Layout(model)
+    for name, whole in whole_parameters(model):
         if (kept := renamed(name)) is not None:
-            with gathered([parameter]):
-                yield kept, parameter.detach()
+            yield from layout.stored(kept, whole)
     persistent = persistent_buffers(model)
     for name, buffer in model.named_buffers():
         if name in persistent and (kept := renamed(name)) is not None:
-            yield kept, buffer.detach()
+            yield from layout.stored(kept, buffer.detach())
 
 
 def _renamer(model: PreTrainedModel, *, layers: Sequence[int] | None) -> Callable[[str], str | None]:

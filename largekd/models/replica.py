@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from largekd.sharding.shards import full_numel, gathered
+from largekd.models.lora import plain_names, whole_parameters
+from largekd.sharding.shards import full_numel
 
 
 def whole_bytes(model: nn.Module) -> int:
@@ -23,7 +24,7 @@ def is_copyable(model: PreTrainedModel) -> bool:
 
 
 def _names(model: nn.Module) -> tuple[set[str], set[str]]:
-    return {name for name, _ in model.named_parameters()}, {name for name, _ in model.named_buffers()}
+    return set(plain_names(model)), {name for name, _ in model.named_buffers()}
 
 
 def _blank(model: PreTrainedModel, *, on: torch.device) -> PreTrainedModel:
@@ -36,8 +37,8 @@ def _blank(model: PreTrainedModel, *, on: torch.device) -> PreTrainedModel:
 
 @contextmanager
 def whole_copy(model: PreTrainedModel, *, device: torch.device) -> Iterator[PreTrainedModel]:
-    """The same model with its weights of this moment, whole on every rank, in eval mode; its memory is given back when
-    the block ends. A collective call, for a model that is copyable.
+    """The same model with its weights of this moment, adapters merged, whole on every rank, in eval mode; its memory
+    is given back when the block ends. A collective call, for a model that is copyable.
 
     The sharded model itself is left alone: running it with gathered weights would release them after the first token,
     and taking its hooks off would spoil the order in which its engine fetches ahead. Parameters are gathered one at a
@@ -49,9 +50,8 @@ def whole_copy(model: PreTrainedModel, *, device: torch.device) -> Iterator[PreT
     copy.eval()
     own, buffers = dict(copy.named_parameters()), dict(copy.named_buffers())
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            with gathered([parameter]):
-                own[name].copy_(parameter)
+        for name, parameter in whole_parameters(model):
+            own[name].copy_(parameter)
         for name, buffer in model.named_buffers():
             buffers[name].copy_(buffer)
     yield copy

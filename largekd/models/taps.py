@@ -1,12 +1,13 @@
-"""Hidden states and attention inputs of chosen decoder layers, captured on the way through an unchanged model.
+"""Hidden states, attention inputs and router logits of chosen decoder layers, captured on the way through an unchanged
+model.
 
-Hidden states come from forward hooks. Queries, keys and values come from the one place where every attention
-implementation meets: the function that an attention module looks up in the transformers attention interface under its
-configuration's name for it. While a forward is armed, a module that is asked for sees a view of its configuration with
-the name of a recording function; that function gives the module its own configuration back, records, and calls what
-the module would have called. So only the modules asked for are touched, once per forward; the model's configuration,
-from which masks are made and which flash attention asks for its version, keeps its name; and whatever activation
-checkpointing runs again in the backward pass finds the model as it was and records nothing.
+Hidden states and routers come from forward hooks. Queries, keys and values come from the one place where every
+attention implementation meets: the function that an attention module looks up in the transformers attention interface
+under its configuration's name for it. While a forward is armed, a module that is asked for sees a view of its
+configuration with the name of a recording function; that function gives the module its own configuration back, records,
+and calls what the module would have called. So only the modules asked for are touched, once per forward; the model's
+configuration, from which masks are made and which flash attention asks for its version, keeps its name; and whatever
+activation checkpointing runs again in the backward pass finds the model as it was and records nothing.
 """
 
 import inspect
@@ -23,6 +24,7 @@ from transformers.modeling_utils import AttentionInterface
 from largekd.contracts import TapRequest
 from largekd.errors import ConfigError
 from largekd.models.build import layers_path
+from largekd.models.router import RouterShape, find_router, read_router, router_layers, router_shape
 
 _RECORDING = "largekd_recording"
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
@@ -62,14 +64,25 @@ class Capture:
     hidden: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
     rules: dict[int, ScoreRule] = field(default_factory=dict)
+    router: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def covers(self, request: TapRequest) -> bool:
         """Whether everything that was asked for is here."""
-        return self.hidden.keys() == set(request.hidden) and self.attention.keys() == set(request.attention)
+        return (
+            self.hidden.keys() == set(request.hidden)
+            and self.attention.keys() == set(request.attention)
+            and self.router.keys() == set(request.router)
+        )
 
     def take_output(self, _module: nn.Module, _inputs: Any, output: Any, *, layer: int) -> None:
         """The forward hook of decoder layer `layer`."""
         self.hidden[layer] = output if isinstance(output, Tensor) else output[0]
+
+    def take_router(
+        self, _module: nn.Module, _inputs: Any, output: Any, *, layer: int, model_type: str, chosen: int
+    ) -> None:
+        """The forward hook of the router of decoder layer `layer`."""
+        self.router[layer] = read_router(output, model_type=model_type, chosen=chosen)
 
     def take_attention(
         self, *, layer: int, query: Tensor, key: Tensor, value: Tensor, window: int | None, options: Mapping[str, Any]
@@ -109,6 +122,12 @@ def capturing(model: PreTrainedModel, *, request: TapRequest) -> Iterator[Captur
         for index in request.hidden:
             # Registered last, it sees what the next layer sees, after the hooks of parameter partitioning.
             hooks.append(layers[index].register_forward_hook(partial(capture.take_output, layer=index)))
+        for index in request.router:
+            router = find_router(layers[index])
+            shape = None if router is None else router_shape(router, model=model)
+            assert router is not None and shape is not None
+            record = partial(capture.take_router, layer=index, model_type=model.config.model_type, chosen=shape.chosen)
+            hooks.append(router.register_forward_hook(record))
         if request.attention:
             AttentionInterface.register(_RECORDING, _recording_attention)
         for index in request.attention:
@@ -214,17 +233,29 @@ def attention_shape(model: PreTrainedModel, *, layer: int) -> AttentionShape:
     )
 
 
+def routers_of(model: PreTrainedModel) -> dict[int, RouterShape]:
+    """The decoder layers that have a router, with its shape; none for a dense model."""
+    return router_layers(model, layers=_decoder_layers(model))
+
+
 def check_layers(request: TapRequest, *, model: PreTrainedModel, key: str) -> None:
     """Refuse at build what cannot be captured; `key` names what asked for it, such as `objective.attention[0].layers`.
 
     Errors: ConfigError for a layer that does not exist, and for attention that queries and keys do not determine.
     """
     layers = _decoder_layers(model)
-    for index in (*request.hidden, *request.attention):
+    for index in (*request.hidden, *request.attention, *request.router):
         if not 0 <= index < len(layers):
             raise ConfigError(
                 f"{key}: layer {index} does not exist; the {model.config.model_type!r} model has layers "
                 f"0 to {len(layers) - 1}."
+            )
+    routers = router_layers(model, layers=layers) if request.router else {}
+    for index in request.router:
+        if index not in routers:
+            raise ConfigError(
+                f"{key}: layer {index} of the {model.config.model_type!r} model has no router; the layers with one are "
+                f"{', '.join(map(str, routers)) or 'none'}."
             )
     for index in request.attention:
         reason = _refusal(model, layer=layers[index], index=index)

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from torch import Tensor
+
 from largekd.config.output import LogConfig
 from largekd.monitoring.names import REQUIRED, check_name
 from largekd.monitoring.sinks import ConsoleSink, JsonlSink, Sink, TensorBoardSink
@@ -65,6 +67,13 @@ class Monitor:
             check_name(name)
         if texts and self._tensorboard is not None:
             self._tensorboard.write_texts(step=step, texts=texts)
+
+    def log_images(self, *, step: int, images: Mapping[str, Tensor]) -> None:
+        """Shows images (3, height, width) of uint8, by `area/name`, in TensorBoard, and nowhere else."""
+        for name in images:
+            check_name(name)
+        if images and self._tensorboard is not None:
+            self._tensorboard.write_images(step=step, images=images)
 
     def log_evaluation(self, *, step: int, values: Mapping[str, float]) -> None:
         """Writes an evaluation that is not part of a training step's record, such as the one before step 1.

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol, cast
 
 from largekd.monitoring.event_files import cut_event_files
+from largekd.monitoring.images import png
 from largekd.monitoring.json_records import encode_record, replaced_file, writing
 from largekd.monitoring.names import Tags
 from largekd.runtime.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.utils.tensorboard import FileWriter
 
 logger = logging.getLogger(__name__)
@@ -83,6 +85,23 @@ class TensorBoardSink:
         scalars = [Summary.Value(tag=self._tags.tag(name), simple_value=value) for name, value in values.items()]
         with writing(self._folder):
             cast("FileWriter", self._writer.file_writer).add_summary(Summary(value=scalars), step)
+            self._writer.flush()
+
+    def write_images(self, *, step: int, images: Mapping[str, "Tensor"]) -> None:
+        """Writes images (3, height, width) of uint8, by name, and flushes them."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(
+                tag=self._tags.tag(name),
+                image=Summary.Image(
+                    height=image.shape[1], width=image.shape[2], colorspace=3, encoded_image_string=png(image)
+                ),
+            )
+            for name, image in images.items()
+        ]
+        with writing(self._folder):
+            cast("FileWriter", self._writer.file_writer).add_summary(Summary(value=values), step)
             self._writer.flush()
 
     def write_texts(self, *, step: int, texts: Mapping[str, str]) -> None:

@@ -27,6 +27,7 @@ from largekd.config.divergence import (
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.objective_checks import DEEP_PREFIX
 from largekd.config.rollouts import RolloutConfig
+from largekd.config.router_checks import ROUTER_TERMS
 from largekd.config.schedule import CurveConfig, extremes
 from largekd.contracts import SampledRequest, SignalRequest, TapRequest, TopKRequest
 from largekd.errors import ConfigError
@@ -65,12 +66,14 @@ class Summand:
     """One summand of the loss: its factor over the run, and what its sum is divided by (a name of COUNT_NAMES).
 
     `share` says what multiplies `weight`: 1 − α for the task, α·T² for distillation, α for likelihoods (which know no
-    temperature), 1 for alignment and for the policy gradient, α for alignment with a self-shared teacher, 1 for that
-    teacher's own loss. `scale` multiplies it once more. `selective`: a selection of tokens applies.
+    temperature), 1 for alignment, routers and the policy gradient, α for alignment with a self-shared teacher, 1 for
+    that teacher's own loss. `scale` multiplies it once more. `selective`: a selection of tokens applies.
     """
 
     name: str
-    share: Literal["task", "distillation", "likelihood", "alignment", "distilled_alignment", "teacher", "policy"]
+    share: Literal[
+        "task", "distillation", "likelihood", "alignment", "distilled_alignment", "teacher", "policy", "router"
+    ]
     weight: float | CurveConfig
     count: str
     selective: bool = False
@@ -79,13 +82,14 @@ class Summand:
     @property
     def metric(self) -> str:
         """Area and name under which the term is logged."""
-        return f"{'align' if self.share.endswith('alignment') else 'kd'}/{self.name}"
+        area = "align" if self.share.endswith("alignment") else "router" if self.share == "router" else "kd"
+        return f"{area}/{self.name}"
 
 
 @dataclass(frozen=True)
 class Objective:
-    """All terms with a weight: those of the vocabulary pass first, then features, then attention, then those of the
-    vocabulary pass for each of `deep_layers`."""
+    """All terms with a weight: those of the vocabulary pass first, then features, attention and routers, then those of
+    the vocabulary pass for each of `deep_layers`."""
 
     config: ObjectiveConfig
     vocabulary: tuple[VocabularyTerm, ...]
@@ -112,6 +116,7 @@ class Objective:
             "likelihood": alpha,
             "alignment": 1.0,
             "policy": 1.0,
+            "router": 1.0,
             "distilled_alignment": alpha,
             "teacher": 1.0,
         }
@@ -121,6 +126,11 @@ class Objective:
             * value_at(summand.scale, step=step, max_steps=max_steps)
             for summand in self.summands
         )
+
+    @property
+    def router_terms(self) -> tuple[str, ...]:
+        """Names of the summands over routers, in order."""
+        return tuple(summand.name for summand in self.summands if summand.share == "router")
 
     def request(self, *, step: int, max_steps: int, taps: TapRequest, seed: int = 0) -> SignalRequest:
         """What the teacher must deliver at a step; `seed` is the run's."""
@@ -183,6 +193,7 @@ def build_objective(
             Summand(feature.name, "alignment", feature.weight, "samples" if feature.loss == "cka" else "positions")
         )
     summands += [Summand(entry.name, "alignment", entry.weight, "positions") for entry in attention]
+    summands += _router_summands(config)
     summands += deep
     if not summands:
         raise ConfigError(
@@ -190,6 +201,20 @@ def build_objective(
             "lower objective.alpha or add an entry to objective.divergences"
         )
     return Objective(config, tuple(vocabulary), features, attention, tuple(summands), deep_layers)
+
+
+def _router_summands(config: ObjectiveConfig) -> list[Summand]:
+    """The terms over routers that have a weight at some step."""
+    router = config.router
+    if router is None:
+        return []
+    weights = (router.balance, router.z, 0.0 if router.distil is None else router.distil.weight)
+    counts = ("routed_tokens", "routed_tokens", "positions")
+    return [
+        Summand(name, "router", weight, count)
+        for name, weight, count in zip(ROUTER_TERMS, weights, counts, strict=True)
+        if extremes(weight)[1] > 0.0
+    ]
 
 
 def _deep_summands(config: ObjectiveConfig, *, summands: Sequence[Summand]) -> tuple[list[Summand], tuple[int, ...]]:

@@ -70,6 +70,15 @@ def alignment_terms(config: RunConfig, *, teacher: Side, student: Side, accumula
     )
 
 
+def feature_terms(config: RunConfig, *, teacher: Side, student: Side) -> tuple[MemoryTerm, ...]:
+    """Where both models' captured layers are activations of one pass: what comparing hidden states keeps besides."""
+    tokens = config.train.micro_batch_size * config.train.sequence_length
+    return (
+        *_student_features(config.objective, teacher=teacher, student=student, tokens=tokens),
+        *_projectors(config, teacher=teacher, student=student),
+    )
+
+
 def alignment_warnings(terms: Sequence[MemoryTerm]) -> tuple[str, ...]:
     """What the user should know of these terms, one line each."""
     taps = sum(term.bytes for term in terms if term.role == "teacher" and "captured" in term.name)
@@ -166,19 +175,22 @@ def _captured(objective: ObjectiveConfig, *, depth: int, student: Side, teacher:
     return captured_layers(objective, depth=depth, **depths)
 
 
-def _attention_width(shape: ModelShape) -> int:
+def attention_width(shape: ModelShape) -> int:
     """Values per token of a layer's queries, keys and values."""
     return (shape.heads + 2 * shape.kv_heads) * shape.head_dim
 
 
 def _teacher_taps(objective: ObjectiveConfig, *, teacher: Side, student: Side, tokens: int) -> Iterator[MemoryTerm]:
     shape = teacher.shape
+    if not teacher.has_weights:
+        # It computes none of them; what is read of a cache is counted with it.
+        return
     layers = _captured(objective, depth=len(shape.layers), student=student, teacher=teacher)
     phases: tuple[Literal["teacher", "student"], ...] = ("teacher", "student")
     for phase in phases:
         hidden = tokens * layers.hidden * shape.width * teacher.dtype_bytes
         yield teacher.term("captured hidden states, whole step", "accelerator", phase, hidden)
-        attention = tokens * layers.attention * _attention_width(shape) * teacher.dtype_bytes
+        attention = tokens * layers.attention * attention_width(shape) * teacher.dtype_bytes
         yield teacher.term("captured attention, whole step", "accelerator", phase, attention)
 
 
@@ -216,7 +228,7 @@ def _student_attention(config: RunConfig, *, teacher: Side, student: Side, token
         return
     if config.train.activation_checkpointing:
         layers = _captured(objective, depth=len(shape.layers), student=student, teacher=teacher)
-        captured = tokens * layers.attention * _attention_width(shape) * student.dtype_bytes
+        captured = tokens * layers.attention * attention_width(shape) * student.dtype_bytes
         yield student.term("captured attention", "accelerator", "student", captured)
     gradients, maps = 0, 0
     for entry in entries:

@@ -6,7 +6,7 @@ width, I width of the MLP, V vocabulary, T tokens of a micro-batch on one rank.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from largekd.config.objective import ObjectiveConfig
 from largekd.config.placement import offload_device
@@ -16,7 +16,7 @@ from largekd.config.schedule import extremes
 from largekd.planner.shapes import ModelShape
 
 Place = Literal["accelerator", "host", "nvme"]
-Phase = Literal["always", "teacher", "student", "update"]
+Phase = Literal["always", "rollout", "teacher", "student", "update"]
 Role = Literal["teacher", "student", "process"]
 
 PLACES: tuple[Place, ...] = ("accelerator", "host", "nvme")
@@ -30,7 +30,7 @@ _PROCESS_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """One entry of the plan. `phase` says when it exists: `always`, or in one of three parts of a step."""
+    """One entry of the plan. `phase` says when it exists: `always`, before a step, or in one of three parts of it."""
 
     role: Role
     name: str
@@ -41,7 +41,10 @@ class MemoryTerm:
 
 @dataclass(frozen=True)
 class Side:
-    """One model with its placement (empty: its weights are not in this job); `name` tells several teachers apart."""
+    """One model with its placement (empty: its weights are not in this job); `name` tells several teachers apart.
+
+    adapters: elements of its adapters, which then are all that learns.
+    """
 
     role: Literal["teacher", "student"]
     shape: ModelShape
@@ -49,6 +52,7 @@ class Side:
     world_size: int
     dtype_bytes: int
     name: str = ""
+    adapters: int = 0
 
     @property
     def has_weights(self) -> bool:
@@ -68,6 +72,10 @@ class Side:
         """This rank's share of all parameters."""
         return -(-self.shape.parameter_count // self.world_size) * bytes_per_element
 
+    def trained(self, bytes_per_element: int) -> int:
+        """This rank's share of what learns."""
+        return -(-(self.adapters or self.shape.parameter_count) // self.world_size) * bytes_per_element
+
     def term(self, name: str, place: Place, phase: Phase, count: int) -> MemoryTerm:
         """An entry of this model's."""
         return MemoryTerm(self.role, f"{self.name}: {name}" if self.name else name, place, phase, count)
@@ -81,15 +89,15 @@ def memory_terms(
     return tuple(
         term
         for term in (
-            MemoryTerm("process", "interpreter and libraries", "host", "always", _PROCESS_BYTES),
+            process(),
             *(
                 term
                 for teacher in teachers
                 if teacher.has_weights
-                for term in (*_weights(teacher), *_teacher_forward(teacher, tokens=tokens, accumulation=accumulation))
+                for term in (*weights(teacher), *_teacher_forward(teacher, tokens=tokens, accumulation=accumulation))
             ),
-            *_weights(student),
-            *_optimizer(student, mixed=config.train.precision != "fp32"),
+            *weights(student),
+            *optimizer(student, mixed=config.train.precision != "fp32"),
             *_student_pass(student, tokens=tokens, checkpointing=config.train.activation_checkpointing),
             *_vocabulary(config.objective, teachers=teachers, student=student, tokens=tokens),
             *_deep_supervision(config.objective, student=student, tokens=tokens),
@@ -101,19 +109,25 @@ def memory_terms(
 def peak_bytes(terms: tuple[MemoryTerm, ...], *, place: Place) -> int:
     """What exists always, plus the largest phase of a step."""
     here = [term for term in terms if term.place == place]
-    phases = {
-        phase: sum(term.bytes for term in here if term.phase == phase) for phase in ("teacher", "student", "update")
-    }
-    return sum(term.bytes for term in here if term.phase == "always") + max(phases.values())
+    totals = {phase: sum(term.bytes for term in here if term.phase == phase) for phase in get_args(Phase)}
+    return totals.pop("always") + max(totals.values())
+
+
+def process() -> MemoryTerm:
+    """What a rank's process is before it does anything."""
+    return MemoryTerm("process", "interpreter and libraries", "host", "always", _PROCESS_BYTES)
 
 
 def layer_activation_bytes(shape: ModelShape, *, dtype_bytes: int) -> int:
     """Bytes per token that autograd keeps of one layer, without checkpointing.
 
     (4b)I + (2b)(Q + K) + norms (4 + b)D + (2b)D, and (4 + b)(Q + K) where queries and keys are normalised; the 4 is the
-    float32 copy inside a norm. Counted on the saved tensors of Llama and Qwen layers with SDPA attention.
+    float32 copy inside a norm. Counted on the saved tensors of Llama and Qwen layers with SDPA attention. GPT-NeoX has
+    no gate and plain LayerNorms: (2b)I + (10b)D + 4b + 4·heads; b·D more without use_parallel_residual.
     """
     b, query, key = dtype_bytes, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    if not shape.gated:
+        return 2 * b * shape.mlp_width + 10 * b * shape.width + 4 * b + 4 * shape.heads
     norm_sizes = [tensor.numel for tensor in shape.layers[0] if tensor.part == "norm"]
     width_norms = len(norm_sizes) - (2 if shape.qk_norm else 0)
     normalised = (4 + b) * (query + key) if shape.qk_norm else 0
@@ -127,9 +141,12 @@ def layer_activation_bytes(shape: ModelShape, *, dtype_bytes: int) -> int:
     )
 
 
-def _weights(side: Side) -> Iterator[MemoryTerm]:
+def weights(side: Side) -> Iterator[MemoryTerm]:
+    """A model's parameters between its forwards."""
     b, zero = side.dtype_bytes, side.zero
     yield side.term("weights, own shard", side.place("offload_param"), "always", side.shard(b))
+    adapters = -(-side.adapters // side.world_size) * b
+    yield side.term("adapters, own shard", side.place("offload_param"), "always", adapters)
     threshold = zero.stage3_param_persistence_threshold
     small = sum(tensor.numel for tensor in side.shape.tensors if tensor.numel <= threshold)
     if side.world_size > 1 or side.place("offload_param") != "accelerator":
@@ -153,15 +170,16 @@ def _teacher_forward(side: Side, *, tokens: int, accumulation: int) -> Iterator[
     yield side.term("hidden states of the whole step", "accelerator", "student", hidden)
 
 
-def _optimizer(side: Side, *, mixed: bool) -> Iterator[MemoryTerm]:
+def optimizer(side: Side, *, mixed: bool) -> Iterator[MemoryTerm]:
+    """Gradients and optimizer state of a model's parameters."""
     place, zero = side.place("offload_optimizer"), side.zero
     # DeepSpeed shares the master with the weights where dtype and device agree.
     if mixed or place != "accelerator" or side.place("offload_param") != "accelerator":
-        yield side.term("float32 master weights", place, "always", side.shard(_MASTER_BYTES))
-    yield side.term("Adam moments", place, "always", side.shard(_ADAM_MOMENTS * _MASTER_BYTES))
+        yield side.term("float32 master weights", place, "always", side.trained(_MASTER_BYTES))
+    yield side.term("Adam moments", place, "always", side.trained(_ADAM_MOMENTS * _MASTER_BYTES))
     resident: Place = "accelerator" if place == "accelerator" else "host"
-    yield side.term("gradients, own shard", resident, "always", side.shard(_MASTER_BYTES))
-    group = min(side.shard(1), zero.sub_group_size)
+    yield side.term("gradients, own shard", resident, "always", side.trained(_MASTER_BYTES))
+    group = min(side.trained(1), zero.sub_group_size)
     yield side.term("gradients of the group being updated", resident, "update", group * _MASTER_BYTES)
     yield side.term("gradient reduce bucket", "accelerator", "always", zero.reduce_bucket_size * side.dtype_bytes)
     if place == "nvme":
@@ -169,7 +187,8 @@ def _optimizer(side: Side, *, mixed: bool) -> Iterator[MemoryTerm]:
         yield side.term("NVMe optimizer buffers", "host", "always", count * group * _MASTER_BYTES)
 
 
-def _student_pass(side: Side, *, tokens: int, checkpointing: bool) -> Iterator[MemoryTerm]:
+def gathered_weights(side: Side) -> Iterator[MemoryTerm]:
+    """The student's weights that are whole at one time of its pass."""
     b, shape, zero = side.dtype_bytes, side.shape, side.zero
     if _is_gathered(side):
         # A weight stays gathered while its next use (its layer's backward pass) is near enough: half of the distance
@@ -178,7 +197,13 @@ def _student_pass(side: Side, *, tokens: int, checkpointing: bool) -> Iterator[M
         ahead = shape.largest_layer + zero.stage3_prefetch_bucket_size + shape.vocab_size * shape.width
         gathered = min(shape.parameter_count, max(kept, ahead))
         yield side.term("gathered weights", "accelerator", "student", gathered * b)
-    yield side.term("weight gradients of one layer", "accelerator", "student", shape.largest_layer * b)
+
+
+def _student_pass(side: Side, *, tokens: int, checkpointing: bool) -> Iterator[MemoryTerm]:
+    b, shape = side.dtype_bytes, side.shape
+    yield from gathered_weights(side)
+    learning = -(-side.adapters // len(shape.layers)) if side.adapters else shape.largest_layer
+    yield side.term("weight gradients of one layer", "accelerator", "student", learning * b)
     layer = layer_activation_bytes(shape, dtype_bytes=b)
     depth = len(shape.layers)
     per_token = depth * shape.width * b + layer if checkpointing else depth * layer
@@ -195,14 +220,23 @@ def _vocabulary(
             head = teacher.shape.vocab_size * teacher.shape.width
             yield teacher.term("vocabulary head, gathered", "accelerator", "student", head * b)
     width = student.shape.width
-    yield student.term("vocabulary head's gradient", "accelerator", "student", student.shape.vocab_size * width * b)
+    # Adapters leave the head frozen.
+    head = 0 if student.adapters else student.shape.vocab_size * width * b
+    yield student.term("vocabulary head's gradient", "accelerator", "student", head)
+    yield from logit_chunks(objective, teachers=teachers, student=student, tokens=tokens)
+    yield student.term("hidden states' gradient", "accelerator", "student", tokens * width * b)
+
+
+def logit_chunks(
+    objective: ObjectiveConfig, *, teachers: Sequence[Side], student: Side, tokens: int
+) -> Iterator[MemoryTerm]:
+    """The buffers of the vocabulary pass."""
     columns = max(side.shape.vocab_size for side in (*teachers, student))
     # One buffer for the student, and one for every teacher that is projected.
     buffers = 1 + len(teachers)
     name = "two chunks of logits" if buffers == 2 else f"{buffers} chunks of logits"
     chunk = min(objective.chunk_tokens, tokens)
-    yield student.term(name, "accelerator", "student", buffers * chunk * columns * b)
-    yield student.term("hidden states' gradient", "accelerator", "student", tokens * width * b)
+    yield student.term(name, "accelerator", "student", buffers * chunk * columns * student.dtype_bytes)
 
 
 def _deep_supervision(objective: ObjectiveConfig, *, student: Side, tokens: int) -> Iterator[MemoryTerm]:
@@ -212,7 +246,7 @@ def _deep_supervision(objective: ObjectiveConfig, *, student: Side, tokens: int)
     if deep is None or extremes(deep.weight)[1] <= 0:
         return
     b, layers, width = student.dtype_bytes, len(deep.layers), student.shape.width
-    head = layers * student.shape.vocab_size * width * b
+    head = 0 if student.adapters else layers * student.shape.vocab_size * width * b
     yield student.term("head's gradients of supervised layers", "accelerator", "student", head)
     hidden = layers * tokens * width * (4 + 3 * b)
     yield student.term("hidden states of supervised layers", "accelerator", "student", hidden)

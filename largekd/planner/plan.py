@@ -3,15 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from largekd.config.adapters import AdaptersConfig, SelfSharedTeacherConfig
 from largekd.config.checks import check_world
-from largekd.config.placement import read_placements
+from largekd.config.placement import Placements, read_placements
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError
+from largekd.planner.adapters import adapter_count
 from largekd.planner.alignment import alignment_terms, alignment_warnings
+from largekd.planner.design import design_student
 from largekd.planner.locate import read_model_config
 from largekd.planner.memory import PLACES, MemoryTerm, Place, Side, memory_terms, peak_bytes
+from largekd.planner.rollouts import rollout_terms
+from largekd.planner.self_shared import shared_shapes, shared_terms
 from largekd.planner.shapes import ModelShape, read_shape
-from largekd.planner.teachers import find_teachers, kind_terms
+from largekd.planner.teachers import TeacherPlan, find_teachers, kind_terms
 
 _BYTES = {"fp32": 4, "bf16": 2}
 
@@ -46,13 +51,17 @@ def plan(config: RunConfig, *, world_size: int) -> Plan:
     accumulation = check_world(config, world_size=world_size)
     placements = read_placements(config)
     dtype_bytes = _BYTES[config.train.precision]
+    if isinstance(config.teacher, SelfSharedTeacherConfig):
+        return _shared_plan(config, adapters=config.teacher.adapters, placements=placements, world_size=world_size)
     found = find_teachers(config, placements=placements, world_size=world_size, dtype_bytes=dtype_bytes)
     # Only a single teacher can lend its layers.
-    student = _student_shape(config, teacher=found[0].side.shape, teacher_model=found[0].model)
+    student = _student_shape(config, teacher=found[0])
     for teacher in found:
         _check_positions(config, key=teacher.model_key, shape=teacher.side.shape)
-    _check_positions(config, key="student.model", shape=student)
-    student_side = Side("student", student, placements.student, world_size, dtype_bytes)
+    student_key = "student.design" if config.student.design is not None else "student.model"
+    _check_positions(config, key=student_key, shape=student)
+    adapters = adapter_count(student, config=config.student.lora)
+    student_side = Side("student", student, placements.student, world_size, dtype_bytes, adapters=adapters)
     for teacher in found:
         if teacher.side.has_weights:
             _check_buffers(teacher.side, key=f"{teacher.key}.deepspeed")
@@ -70,15 +79,41 @@ def plan(config: RunConfig, *, world_size: int) -> Plan:
         student=student,
         terms=(
             *memory_terms(config, teachers=sides, student=student_side, accumulation=accumulation),
-            *kind_terms(found, objective=config.objective, tokens=tokens, accumulation=accumulation),
+            *kind_terms(found, objective=config.objective, student=student, tokens=tokens, accumulation=accumulation),
             *aligned,
+            *rollout_terms(config, teacher=sides[0], student=student_side),
         ),
         warnings=alignment_warnings(aligned),
     )
 
 
-def _student_shape(config: RunConfig, *, teacher: ModelShape, teacher_model: str) -> ModelShape:
+def _shared_plan(config: RunConfig, *, adapters: AdaptersConfig, placements: Placements, world_size: int) -> Plan:
+    """The plan of a backbone that is both models."""
+    assert config.student.model is not None, "the checks of the configuration require it"
+    backbone = read_shape(read_model_config(config.student.model, revision=config.student.revision))
+    if config.student.layers is not None:
+        backbone = _with_layers(
+            backbone, layers=config.student.layers, key="student.layers", model=config.student.model
+        )
+    _check_positions(config, key="student.model", shape=backbone)
+    side = Side("student", backbone, placements.student, world_size, _BYTES[config.train.precision])
+    _check_buffers(side, key="student.deepspeed")
+    shapes = shared_shapes(backbone, config=adapters)
+    return Plan(
+        world_size=world_size,
+        accumulation=check_world(config, world_size=world_size),
+        tokens_per_step=config.train.global_batch_size * config.train.sequence_length,
+        teachers=(("teacher", shapes.teacher),),
+        student=shapes.student,
+        terms=shared_terms(config, student=side, shapes=shapes),
+    )
+
+
+def _student_shape(config: RunConfig, *, teacher: TeacherPlan) -> ModelShape:
     student = config.student
+    if student.design is not None:
+        described = read_model_config(teacher.model, revision=getattr(teacher.config, "revision", None))
+        return design_student(described, design=student.design, model=teacher.model_key).shape
     if student.model is not None:
         whole = read_shape(read_model_config(student.model, revision=student.revision))
         if student.layers is None:
@@ -87,7 +122,7 @@ def _student_shape(config: RunConfig, *, teacher: ModelShape, teacher_model: str
     if student.config is not None:
         return read_shape(read_model_config(student.config, revision=student.revision))
     layers = student.teacher_layers or ()
-    return _with_layers(teacher, layers=layers, key="student.teacher_layers", model=teacher_model)
+    return _with_layers(teacher.side.shape, layers=layers, key="student.teacher_layers", model=teacher.model)
 
 
 def _with_layers(whole: ModelShape, *, layers: Sequence[int], key: str, model: str) -> ModelShape:

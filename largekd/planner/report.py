@@ -1,9 +1,11 @@
 """A plan as text for a terminal and as plain data for plan.json."""
 
 import typing
+from collections.abc import Sequence
 from typing import Any
 
 from largekd.config.run import RunConfig
+from largekd.config.staging import stages_of
 from largekd.planner.errors import PlanUnavailableError
 from largekd.planner.memory import PLACES
 from largekd.planner.plan import Plan, plan
@@ -13,19 +15,49 @@ _GB = 1e9
 
 
 def plan_text(config: RunConfig, *, world_size: int) -> str:
-    """The plan as a table, or one line that says why there is none. Errors: ConfigError."""
+    """The plan as a table, or one line that says why there is none; of several stages all, and the largest as a table.
+
+    Errors: ConfigError.
+    """
     try:
-        return render_plan(plan(config, world_size=world_size))
+        plans = _plans(config, world_size=world_size)
     except PlanUnavailableError as reason:
         return f"no plan: {reason}"
+    largest = _largest(plans)
+    table = render_plan(plans[largest])
+    if len(plans) == 1:
+        return table
+    lines = [f"{'stage':<24}{'length':<20}{'GB a rank, all places':>24}"]
+    for stage, made in zip(stages_of(config), plans, strict=True):
+        train = stage.config.train
+        length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.max_epochs} epochs"
+        lines.append(f"  {stage.name:<22}{length:<20}{_together_bytes(made) / _GB:>24.3f}")
+    return "\n".join([*lines, f"the largest is {stages_of(config)[largest].name}:", table])
 
 
 def plan_record(config: RunConfig, *, world_size: int) -> dict[str, Any]:
     """The content of plan.json; `{"unavailable": reason}` where there is no plan. Errors: ConfigError."""
     try:
-        return plan_to_mapping(plan(config, world_size=world_size))
+        plans = _plans(config, world_size=world_size)
     except PlanUnavailableError as reason:
         return {"unavailable": str(reason)}
+    record = plan_to_mapping(plans[_largest(plans)])
+    if len(plans) > 1:
+        record["stages"] = {stage.name: dict(made.peaks) for stage, made in zip(stages_of(config), plans, strict=True)}
+    return record
+
+
+def _plans(config: RunConfig, *, world_size: int) -> list[Plan]:
+    """A plan for each stage, as if nothing were frozen in it."""
+    return [plan(stage.config, world_size=world_size) for stage in stages_of(config)]
+
+
+def _largest(plans: Sequence[Plan]) -> int:
+    return max(range(len(plans)), key=lambda index: _together_bytes(plans[index]))
+
+
+def _together_bytes(made: Plan) -> int:
+    return sum(made.peaks.values())
 
 
 def render_plan(made: Plan) -> str:

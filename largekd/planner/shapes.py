@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from largekd.planner.errors import PlanUnavailableError
 
-Part = Literal["embedding", "attention", "mlp", "router", "experts", "norm", "head"]
+Part = Literal["embedding", "attention", "mlp", "router", "experts", "norm", "head", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -23,33 +23,52 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Family:
-    """What a model_type fixes by code rather than by its config.json."""
+    """What a model_type fixes by code rather than by its config.json.
 
-    bias: Literal["never", "qkv", "flag"] = "flag"
-    mlp_bias: bool = False
+    `flag_on`: attention_bias is true where config.json does not say. `derives_head_dim`: hidden_size over heads, with
+    no key of its own. `divides_width`: transformers refuses heads that do not divide hidden_size, though head_dim has a
+    key. `grouped`: several query heads may share a key head.
+    """
+
+    bias: Literal["never", "qkv", "flag", "flag_on"] = "flag"
+    mlp_bias: Literal["never", "flag", "always"] = "never"
+    gated: bool = True
+    norm_bias: bool = False
     qk_norm: Literal["none", "head", "width"] = "none"
     norms: int = 2
     fused: bool = False
+    grouped: bool = True
     tied: bool = False
     head_dim: int | None = None
+    derives_head_dim: bool = False
+    divides_width: bool = False
     mixture: bool = False
     expert_width_key: str = "intermediate_size"
 
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(mlp_bias=True),
-    "granite": Family(mlp_bias=True),
-    "smollm3": Family(mlp_bias=True, tied=True),
+    "llama": Family(mlp_bias="flag", divides_width=True),
+    "granite": Family(mlp_bias="flag"),
+    "smollm3": Family(mlp_bias="flag", tied=True),
     "mistral": Family(bias="never"),
     "qwen2": Family(bias="qkv"),
     "qwen3": Family(qk_norm="head", head_dim=128),
-    "phi3": Family(bias="never", fused=True),
-    "olmo2": Family(qk_norm="width"),
+    "phi3": Family(bias="never", fused=True, derives_head_dim=True),
+    "olmo2": Family(qk_norm="width", derives_head_dim=True),
+    "gpt_neox": Family(
+        bias="flag_on",
+        mlp_bias="always",
+        gated=False,
+        norm_bias=True,
+        fused=True,
+        grouped=False,
+        derives_head_dim=True,
+    ),
     "gemma": Family(tied=True, head_dim=256),
-    "gemma2": Family(norms=4, tied=True, head_dim=256),
-    "gemma3_text": Family(norms=4, qk_norm="head", tied=True, head_dim=256),
+    "gemma2": Family(norms=4, tied=True, head_dim=256, divides_width=True),
+    "gemma3_text": Family(norms=4, qk_norm="head", tied=True, head_dim=256, divides_width=True),
     "mixtral": Family(bias="never", mixture=True),
-    "olmoe": Family(qk_norm="width", mixture=True),
+    "olmoe": Family(qk_norm="width", mixture=True, derives_head_dim=True),
     "qwen3_moe": Family(qk_norm="head", mixture=True, expert_width_key="moe_intermediate_size"),
 }
 
@@ -72,6 +91,7 @@ class ModelShape:
     active_experts: int
     outer: tuple[Tensor, ...]
     layers: tuple[tuple[Tensor, ...], ...]
+    gated: bool = True
 
     @property
     def tensors(self) -> Iterator[Tensor]:
@@ -137,7 +157,7 @@ def _read(config: Mapping[str, Any], *, model_type: str, family: Family) -> Mode
         model_type=model_type,
         width=width,
         heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
+        kv_heads=(config.get("num_key_value_heads") or heads) if family.grouped else heads,
         head_dim=config.get("head_dim") or family.head_dim or width // heads,
         mlp_width=config[family.expert_width_key] * active if experts else config["intermediate_size"],
         vocab_size=vocab,
@@ -148,10 +168,11 @@ def _read(config: Mapping[str, Any], *, model_type: str, family: Family) -> Mode
         active_experts=active,
         outer=(
             Tensor("embedding", vocab * width),
-            Tensor("norm", width),
+            *[Tensor("norm", width)] * (2 if family.norm_bias else 1),
             *([] if tied else [Tensor("head", vocab * width)]),
         ),
         layers=(),
+        gated=family.gated,
     )
     depth = config["num_hidden_layers"]
     layers = (
@@ -163,7 +184,8 @@ def _read(config: Mapping[str, Any], *, model_type: str, family: Family) -> Mode
 
 def _attention(shape: ModelShape, config: Mapping[str, Any], *, family: Family) -> Iterator[Tensor]:
     query, key = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    flagged = family.bias == "flag" and bool(config.get("attention_bias"))
+    on = family.bias == "flag_on"
+    flagged = family.bias in ("flag", "flag_on") and bool(config.get("attention_bias", on))
     projections = [query + 2 * key] if family.fused else [query, key, key]
     for rows in projections:
         yield Tensor("attention", rows * shape.width)
@@ -176,7 +198,7 @@ def _attention(shape: ModelShape, config: Mapping[str, Any], *, family: Family) 
         by_head = family.qk_norm == "head"
         yield Tensor("norm", shape.head_dim if by_head else query)
         yield Tensor("norm", shape.head_dim if by_head else key)
-    for _ in range(family.norms):
+    for _ in range(family.norms * (2 if family.norm_bias else 1)):
         yield Tensor("norm", shape.width)
 
 
@@ -187,8 +209,10 @@ def _mlp(shape: ModelShape, config: Mapping[str, Any], *, family: Family, index:
         yield Tensor("experts", shape.expert_count * 2 * inner * shape.width)
         yield Tensor("experts", shape.expert_count * inner * shape.width)
         return
-    inner, biased = config["intermediate_size"], family.mlp_bias and bool(config.get("mlp_bias"))
-    for rows in [2 * inner] if family.fused else [inner, inner]:
+    inner = config["intermediate_size"]
+    biased = family.mlp_bias == "always" or (family.mlp_bias == "flag" and bool(config.get("mlp_bias")))
+    entries = 2 if family.gated else 1
+    for rows in [entries * inner] if family.fused else [inner] * entries:
         yield Tensor("mlp", rows * shape.width)
         if biased:
             yield Tensor("mlp", rows)

@@ -19,14 +19,14 @@ from largekd.config.objective import ObjectiveConfig
 from largekd.config.placement import Placements
 from largekd.config.run import RunConfig
 from largekd.config.teacher import (
+    BackboneTeacherConfig,
     CachedTeacherConfig,
     EMATeacherConfig,
     MixtureTeacherConfig,
     OnlineTeacherConfig,
     RemoteTeacherConfig,
 )
-from largekd.planner.alignment import readout_term
-from largekd.planner.errors import PlanUnavailableError
+from largekd.planner.alignment import attention_width, captured_layers, readout_term
 from largekd.planner.locate import read_model_config
 from largekd.planner.memory import MemoryTerm, Side
 from largekd.planner.shapes import ModelShape, read_shape
@@ -40,7 +40,9 @@ CACHED_MANIFEST = "manifest.json"
 _FLOAT_BYTES = 4
 _ID_BYTES = 8
 
-SingleConfig = OnlineTeacherConfig | CachedTeacherConfig | RemoteTeacherConfig | EMATeacherConfig
+SingleConfig = (
+    OnlineTeacherConfig | CachedTeacherConfig | RemoteTeacherConfig | EMATeacherConfig | BackboneTeacherConfig
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class TeacherPlan:
     def model_key(self) -> str:
         """The configuration key that names its model."""
         match self.config:
-            case EMATeacherConfig():
+            case EMATeacherConfig() | BackboneTeacherConfig():
                 return "student.model"
             case CachedTeacherConfig(model=None):
                 return f"{self.key}.path"
@@ -74,9 +76,8 @@ def find_teachers(
             (member.name, f"teacher.members.{index}.teacher", member.teacher)
             for index, member in enumerate(teacher.members)
         ]
-    elif isinstance(teacher, SelfSharedTeacherConfig):
-        raise PlanUnavailableError("adapters beside a frozen backbone (teacher.kind 'self_shared') are not counted")
     else:
+        assert not isinstance(teacher, SelfSharedTeacherConfig), "it has no side of its own; see self_shared"
         entries = [("teacher", "teacher", teacher)]
     found = []
     for name, key, entry in entries:
@@ -89,7 +90,12 @@ def find_teachers(
 
 
 def kind_terms(
-    teachers: Sequence[TeacherPlan], *, objective: ObjectiveConfig, tokens: int, accumulation: int
+    teachers: Sequence[TeacherPlan],
+    *,
+    objective: ObjectiveConfig,
+    student: ModelShape,
+    tokens: int,
+    accumulation: int,
 ) -> tuple[MemoryTerm, ...]:
     """What the teachers keep because of their kinds; `tokens` of a micro-batch on one rank."""
     terms: list[MemoryTerm] = []
@@ -97,8 +103,12 @@ def kind_terms(
         match teacher.config:
             case EMATeacherConfig():
                 terms += _average(teacher.side)
+            case BackboneTeacherConfig():
+                terms += _base(teacher.side, tokens=tokens)
             case CachedTeacherConfig() as cached:
                 terms += _cached(cached, teacher.side, signal=objective.signal, tokens=tokens)
+                if len(teachers) == 1:
+                    terms += _cached_layers(cached, teacher.side, objective=objective, student=student, tokens=tokens)
             case RemoteTeacherConfig(protocol=protocol):
                 terms += _remote(
                     teacher.side,
@@ -112,7 +122,7 @@ def kind_terms(
 
 def _shape(entry: SingleConfig, *, config: RunConfig) -> tuple[str, ModelShape]:
     match entry:
-        case EMATeacherConfig():
+        case EMATeacherConfig() | BackboneTeacherConfig():
             # The checks of the configuration require it.
             assert config.student.model is not None
             model, revision = config.student.model, config.student.revision
@@ -133,6 +143,14 @@ def _average(side: Side) -> Iterator[MemoryTerm]:
     largest = -(-side.shape.largest_tensor // side.world_size)
     # Old value, difference, and the student's weight where it must be brought from host memory.
     yield side.term("update of one tensor's average", place, "update", 3 * _FLOAT_BYTES * largest)
+
+
+def _base(side: Side, *, tokens: int) -> Iterator[MemoryTerm]:
+    """No weights of its own: a micro-batch's last hidden states, D · b a token; its pass is smaller than the student's.
+
+    Of the vocabulary head there is one, whole for both models.
+    """
+    yield side.term("hidden states", "accelerator", "student", tokens * side.shape.width * side.dtype_bytes)
 
 
 def _remote(side: Side, *, protocol: str, signal: SignalConfig, tokens: int, accumulation: int) -> Iterator[MemoryTerm]:
@@ -168,6 +186,18 @@ def _cached(entry: CachedTeacherConfig, side: Side, *, signal: SignalConfig, tok
     yield side.term("records of a micro-batch", "host", "always", tokens * per_token)
 
 
+def _cached_layers(
+    entry: CachedTeacherConfig, side: Side, *, objective: ObjectiveConfig, student: ModelShape, tokens: int
+) -> Iterator[MemoryTerm]:
+    """Captured layers of one micro-batch, E and the attention's widths in the stored dtype, read into host memory."""
+    stored, depth = _stored(entry), len(side.shape.layers)
+    size = 2 if stored is None or stored.taps is None else stored.taps.dtype_bytes
+    layers = captured_layers(objective, depth=depth, student_depth=len(student.layers), teacher_depth=depth)
+    count = tokens * size * (layers.hidden * side.shape.width + layers.attention * attention_width(side.shape))
+    yield side.term("captured layers of a micro-batch", "host", "always", count)
+    yield side.term("captured layers of a micro-batch", "accelerator", "student", count)
+
+
 def _head(side: Side, *, dtype_bytes: int) -> MemoryTerm:
     count = side.shape.vocab_size * side.shape.width
     return side.term("vocabulary head, whole", "accelerator", "always", count * dtype_bytes)
@@ -183,19 +213,24 @@ def _entry_bytes(signal: SignalConfig | CodecConfig) -> int | None:
     return None
 
 
-class _Teacher(BaseModel):
+class _Values(BaseModel):
     precision: Literal["fp32", "bf16", "fp16"]
+
+    @property
+    def dtype_bytes(self) -> int:
+        return 4 if self.precision == "fp32" else 2
 
 
 class _Stored(BaseModel):
     """What the plan reads of a cache's manifest."""
 
     codec: CodecConfig
-    teacher: _Teacher
+    teacher: _Values
+    taps: _Values | None = None
 
     @property
     def dtype_bytes(self) -> int:
-        return 4 if self.teacher.precision == "fp32" else 2
+        return self.teacher.dtype_bytes
 
 
 def _stored(entry: CachedTeacherConfig) -> _Stored | None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from largekd.sharding.pieces import Pieces
+
 _BUILD_LOCK = threading.Lock()
 
 
@@ -47,24 +49,37 @@ def gathered(parameters: Iterable[Tensor], *, modifier_rank: int | None = None) 
 def gathering_forward(module: nn.Module) -> Iterator[None]:
     """Inside the block, forwards of `module` work without an engine: each submodule gathers its own parameters while
     it runs. Every rank must run the same forwards. For a few evaluations at build; nothing is prefetched."""
-    open_blocks: dict[nn.Module, AbstractContextManager[None]] = {}
+    open_blocks: dict[nn.Module, tuple[AbstractContextManager[None], list[nn.Parameter]]] = {}
+    held: set[int] = set()
 
     def enter(inner: nn.Module, _inputs: Any) -> None:
-        open_blocks[inner] = gathered(inner.parameters(recurse=False))
-        open_blocks[inner].__enter__()
+        # What an outer module holds is whole already, and must stay so.
+        needed = [parameter for parameter in _used_by(inner) if id(parameter) not in held]
+        held.update(map(id, needed))
+        block = gathered(needed)
+        open_blocks[inner] = (block, needed)
+        block.__enter__()
 
     def leave(inner: nn.Module, _inputs: Any, _output: Any) -> None:
-        open_blocks.pop(inner).__exit__(None, None, None)
+        block, needed = open_blocks.pop(inner)
+        held.difference_update(map(id, needed))
+        block.__exit__(None, None, None)
 
     handles = []
     for inner in module.modules():
-        if any(is_sharded(parameter) for parameter in inner.parameters(recurse=False)):
+        if any(is_sharded(parameter) for parameter in _used_by(inner)):
             handles += [inner.register_forward_pre_hook(enter), inner.register_forward_hook(leave)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _used_by(module: nn.Module) -> list[nn.Parameter]:
+    """A module's own parameters, and those of others that `register_external` gave it."""
+    external: dict[int, nn.Parameter] = dict(getattr(module, "ds_external_parameters", dict)())
+    return [*module.parameters(recurse=False), *external.values()]
 
 
 @contextmanager
@@ -89,6 +104,14 @@ def gathered_units(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Param
     if not leaf:
         for child in module.children():
             yield from gathered_units(child)
+
+
+def shard_parameters(module: nn.Module, *, ds_config: Mapping[str, Any]) -> None:
+    """Partition those parameters of `module` that are not yet, with the values of rank 0. A collective call."""
+    import deepspeed
+
+    with _BUILD_LOCK:
+        deepspeed.zero.Init(module=module, config_dict_or_path=dict(ds_config))
 
 
 def is_sharded(parameter: Tensor) -> bool:
@@ -117,7 +140,7 @@ def resident_bytes(module: nn.Module) -> int:
     return total
 
 
-def write_shard(parameter: Any, value: Tensor, *, rank: int) -> None:
+def write_shard(parameter: Any, value: Tensor | Pieces, *, rank: int) -> None:
     """Copy this rank's part of `value` (the whole tensor, any dtype, usually a mapped file) into its shard.
 
     No communication, and no more of `value` is read than the shard needs. A shard that lives on NVMe is not in
@@ -126,19 +149,28 @@ def write_shard(parameter: Any, value: Tensor, *, rank: int) -> None:
     assert full_shape(parameter) == value.shape
     if not is_sharded(parameter):
         with torch.no_grad():
-            parameter.copy_(value)
+            parameter.copy_(_whole(value))
         return
     shard = parameter.ds_tensor
     if shard.numel() == 0 or shard.final_location is not None:
         with gathered([parameter], modifier_rank=0):
             if rank == 0:
                 with torch.no_grad():
-                    parameter.copy_(value)
+                    parameter.copy_(_whole(value))
         return
-    start = min(rank * shard.numel(), value.numel())
-    stop = min(start + shard.numel(), value.numel())
+    total = value.shape.numel()
+    start = min(rank * shard.numel(), total)
+    stop = min(start + shard.numel(), total)
     with torch.no_grad():
-        shard[: stop - start].copy_(value.reshape(-1)[start:stop])
+        if isinstance(value, Pieces):
+            for offset, part in value.span(start, stop):
+                shard[offset : offset + part.numel()].copy_(part)
+        else:
+            shard[: stop - start].copy_(value.reshape(-1)[start:stop])
+
+
+def _whole(value: Tensor | Pieces) -> Tensor:
+    return value.whole() if isinstance(value, Pieces) else value
 
 
 def register_external(module: nn.Module, parameter: Tensor) -> None:

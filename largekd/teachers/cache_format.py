@@ -7,7 +7,8 @@
     <path>/manifest.json              written last: without it there is no cache
 
 A shard's tensors have one row for each stored token, and `offsets` (samples + 1) int64 says where samples begin. Stored
-are the positions whose label is to be learnt, in order; that depends on the sample alone.
+are the positions whose label is to be learnt, in order; that depends on the sample alone. Captured activations, whose
+names begin with `tap.`, have one row for each position of a sample; `position_offsets` says where samples begin there.
 """
 
 import hashlib
@@ -32,8 +33,9 @@ from largekd.errors import ConfigError, TeacherError
 from largekd.runtime.faults import fault_point
 from largekd.runtime.files import fsync_path, read_json, temporary_sibling, write_json
 from largekd.runtime.ranks import Ranks
+from largekd.teachers.cache_taps import POSITION_PREFIX, StoredLayers, TapIdentity
 
-FORMAT = 1
+FORMAT = 2
 JOB_FILE = "job.json"
 MANIFEST_FILE = "manifest.json"
 TEACHER_FOLDER = "teacher"
@@ -79,6 +81,7 @@ class Identity(Frozen):
 
     format: int
     codec: CodecConfig
+    taps: TapIdentity | None = None
     teacher: TeacherIdentity
     data: dict[Origin, DataIdentity]
     sequence_length: int
@@ -88,28 +91,35 @@ class Identity(Frozen):
 
 
 class ShardRecord(Frozen):
-    """A finished shard."""
+    """A finished shard. `positions`: rows of captured activations."""
 
     sha256: str
     samples: int
     tokens: int
+    positions: int = 0
 
 
 class Manifest(Frozen):
-    """A whole cache. `digest`: SHA-256 over all the rest."""
+    """A whole cache. `layers`: of what captured activations are. `digest`: SHA-256 over all the rest."""
 
     identity: Identity
     shards: dict[Origin, tuple[ShardRecord, ...]]
     head: HeadIdentity | None
+    layers: StoredLayers | None = None
     digest: str
 
     @classmethod
     def of(
-        cls, identity: Identity, *, shards: Mapping[Origin, Sequence[ShardRecord]], head: HeadIdentity | None
+        cls,
+        identity: Identity,
+        *,
+        shards: Mapping[Origin, Sequence[ShardRecord]],
+        head: HeadIdentity | None,
+        layers: StoredLayers | None = None,
     ) -> "Manifest":
         """With its digest."""
         found = {origin: tuple(records) for origin, records in shards.items()}
-        whole = cls(identity=identity, shards=found, head=head, digest="")
+        whole = cls(identity=identity, shards=found, head=head, layers=layers, digest="")
         text = json.dumps(whole.model_dump(mode="json"), sort_keys=True)
         return whole.model_copy(update={"digest": hashlib.sha256(text.encode()).hexdigest()})
 
@@ -132,7 +142,8 @@ def read_manifest(folder: Path, *, key: str = "teacher.path") -> Manifest:
         manifest = Manifest.model_validate_json(json.dumps(value))
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise TeacherError(f"{path}: not a cache's manifest ({error}); make the cache again.") from error
-    if Manifest.of(manifest.identity, shards=manifest.shards, head=manifest.head).digest != manifest.digest:
+    whole = Manifest.of(manifest.identity, shards=manifest.shards, head=manifest.head, layers=manifest.layers)
+    if whole.digest != manifest.digest:
         raise TeacherError(
             f"{path}: its digest is not that of its contents: the file was changed. Make the cache again."
         )
@@ -145,20 +156,35 @@ def shard_path(folder: Path, *, origin: Origin, number: int) -> Path:
 
 
 def write_shard(
-    path: Path, *, tensors: Mapping[str, Tensor], offsets: NDArray[np.int64], rank: int, number: int
+    path: Path,
+    *,
+    tensors: Mapping[str, Tensor],
+    offsets: NDArray[np.int64],
+    rank: int,
+    number: int,
+    position_offsets: NDArray[np.int64] | None = None,
 ) -> ShardRecord:
     """Write a shard and then its record; a reader finds both or takes the shard for missing.
 
+    position_offsets: where samples begin in the captured activations among `tensors`; None: there are none.
     Errors: ConfigError when the disk does not take it.
     """
     record_path = path.with_suffix(".json")
     record_path.unlink(missing_ok=True)
     temporary = temporary_sibling(path, label=path.name)
     try:
-        save_file({**tensors, "offsets": torch.from_numpy(offsets)}, temporary)
+        places = {"offsets": offsets}
+        if position_offsets is not None:
+            places["position_offsets"] = position_offsets
+        save_file({**tensors, **{name: torch.from_numpy(array) for name, array in places.items()}}, temporary)
         fsync_path(temporary)
         fault_point("cache:before_shard", rank=rank, step=number)
-        record = ShardRecord(sha256=file_hash(temporary), samples=len(offsets) - 1, tokens=int(offsets[-1]))
+        record = ShardRecord(
+            sha256=file_hash(temporary),
+            samples=len(offsets) - 1,
+            tokens=int(offsets[-1]),
+            positions=0 if position_offsets is None else int(position_offsets[-1]),
+        )
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
@@ -187,6 +213,8 @@ def check_shards(
 
     Args: token_bytes: of a token's record, see Codec. Errors: TeacherError naming one that is not.
     """
+    position_bytes = 0 if manifest.layers is None else manifest.layers.codec.position_bytes
+    tables = 1 if manifest.layers is None else 2
     shards = [(origin, number) for origin in origins for number in range(len(manifest.shards[origin]))]
     for origin, number in shards[ranks.local_rank :: ranks.local_world_size]:
         record, path = manifest.shards[origin][number], shard_path(folder, origin=origin, number=number)
@@ -197,7 +225,8 @@ def check_shards(
                 size = os.fstat(stream.fileno()).st_size
         except OSError as error:
             raise TeacherError(f"{path}: a shard of the cache cannot be read ({error}); {_MAKE_AGAIN}.") from error
-        if size != 8 + header + record.tokens * token_bytes + 8 * (record.samples + 1):
+        rows = record.tokens * token_bytes + record.positions * position_bytes
+        if size != 8 + header + rows + tables * 8 * (record.samples + 1):
             raise TeacherError(f"{path}: a shard of the cache is damaged, it has {size} bytes; {_MAKE_AGAIN}.")
 
 
@@ -221,8 +250,11 @@ class CacheReader:
         self._shards: dict[tuple[Origin, int], _Shard] = {}
         self._size = manifest.identity.shard_samples
 
-    def rows(self, segments: Sequence[Segment], *, origin: Origin) -> dict[str, Tensor]:
-        """Each tensor's rows of the segments' samples, one sample after the other, in host memory.
+    def rows(
+        self, segments: Sequence[Segment], *, origin: Origin, records: bool = True, taps: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
+        """Each tensor's rows of the segments' samples, one sample after the other, in host memory: of the tokens'
+        `records` all, of the captured activations those that `taps` names.
 
         Errors: TeacherError when the cache lacks this data set, or a shard cannot be read.
         """
@@ -233,12 +265,20 @@ class CacheReader:
             )
         places = [(self._shard(origin, s.sample_id // self._size), s.sample_id % self._size) for s in segments]
         # Where there is nothing to read, the first shard says what the columns are.
-        columns = (places[0][0] if places else self._shard(origin, 0)).columns
-        ranges = [(shard, *shard.offsets[place : place + 2].tolist()) for shard, place in places]
+        like = places[0][0] if places else self._shard(origin, 0)
+        tokens = [name for name in like.columns if records and not name.startswith(POSITION_PREFIX)]
+        found = self._read(tokens, like=like, ranges=[shard.tokens_of(place) for shard, place in places])
+        if taps:
+            ranges = [shard.positions_of(place) for shard, place in places]
+            found |= self._read(taps, like=like, ranges=ranges)
+        return found
+
+    def _read(self, names: Sequence[str], *, like: "_Shard", ranges: Sequence["_Range"]) -> dict[str, Tensor]:
         total = sum(stop - start for _, start, stop in ranges)
         found = {}
-        for name, (dtype, like) in columns.items():
-            out = torch.empty((total, *like.shape[1:]), dtype=dtype, pin_memory=self._pin)
+        for name in names:
+            dtype, first = like.columns[name]
+            out = torch.empty((total, *first.shape[1:]), dtype=dtype, pin_memory=self._pin)
             if ranges:
                 pieces = [shard.columns[name][1][start:stop] for shard, start, stop in ranges]
                 np.concatenate(pieces, out=_as_numpy(out))
@@ -263,9 +303,25 @@ class _Shard:
         except (OSError, SafetensorError) as error:
             raise TeacherError(f"{path}: a shard of the cache cannot be read ({error}); {_MAKE_AGAIN}.") from error
         self.offsets: NDArray[np.int64] = tensors.pop("offsets").numpy()
+        # Without captured activations there is no sample to look up.
+        self.position_offsets = tensors.pop("position_offsets", torch.zeros(1, dtype=torch.int64)).numpy()
         self.columns = {name: (tensor.dtype, _as_numpy(tensor)) for name, tensor in tensors.items()}
-        if len(self.offsets) != record.samples + 1 or int(self.offsets[-1]) != record.tokens:
+        found = len(self.offsets) - 1, int(self.offsets[-1]), int(self.position_offsets[-1])
+        if found != (record.samples, record.tokens, record.positions):
             raise TeacherError(f"{path}: another shard than manifest.json says; make the cache again.")
+
+    def tokens_of(self, place: int) -> "_Range":
+        """The rows of a sample's labels."""
+        start, stop = self.offsets[place : place + 2].tolist()
+        return self, start, stop
+
+    def positions_of(self, place: int) -> "_Range":
+        """The rows of a sample's positions."""
+        start, stop = self.position_offsets[place : place + 2].tolist()
+        return self, start, stop
+
+
+_Range = tuple[_Shard, int, int]
 
 
 def _as_numpy(tensor: Tensor) -> NDArray:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from largekd.contracts import (
     SampledRequest,
     SampledSignal,
     SignalRequest,
+    Taps,
+    TapSignal,
     TeacherSignal,
     TopKRequest,
     TopKSignal,
@@ -21,6 +24,7 @@ from largekd.contracts import (
 from largekd.errors import TeacherError
 from largekd.teachers.cache_codec import AnyCodec, HiddenCodec, Rows, SampledCodec, TopKCodec
 from largekd.teachers.cache_format import CacheReader
+from largekd.teachers.cache_taps import StoredLayers, check_taps, names_of, positions_of
 from largekd.teachers.readout import Readout
 
 # Where an id that the student lacks was the likeliest; the first entry of a row is never empty.
@@ -44,9 +48,10 @@ class CachedTeacher:
         shared_ids: int,
         reads_tail: bool = True,
         rank: int = 0,
+        layers: StoredLayers | None = None,
     ) -> None:
         """Args: head: the teacher's, for hidden states. shared_ids: ids that both models have. reads_tail: whether the
-        objective looks at the mass of ids that are not kept."""
+        objective looks at the mass of ids that are not kept. layers: those with captured activations in the cache."""
         assert (head is not None) == isinstance(codec, HiddenCodec)
         self._reader = reader
         self._codec = codec
@@ -54,14 +59,12 @@ class CachedTeacher:
         self._shared_ids = shared_ids
         self._reads_tail = reads_tail
         self._rank = rank
+        self._layers = layers
 
     def check(self, request: SignalRequest) -> None:
-        """Errors: TeacherError for captured layers, more ids or draws than are stored, another temperature."""
+        """Errors: TeacherError for layers, ids or draws beyond those that are stored, and another temperature."""
         if request.taps:
-            raise TeacherError(
-                "objective.features, objective.attention: a cached teacher has no hidden layers; use teacher.kind "
-                "online or take these terms out."
-            )
+            check_taps(request.taps, layers=self._layers)
         wanted, codec = request.distribution, self._codec
         if wanted is None or wanted == "full" or isinstance(codec, HiddenCodec):
             return
@@ -96,35 +99,39 @@ class CachedTeacher:
         self, micro_batches: Sequence[Batch], *, request: SignalRequest
     ) -> Iterator[Iterator[TeacherSignal | None]]:
         """See Teacher.signals."""
-        if request.distribution is None:
+        if request.distribution is None and not request.taps:
             yield iter([None] * len(micro_batches))
             return
         yield (self._signal(batch, request=request, place=place) for place, batch in enumerate(micro_batches))
 
     @torch.no_grad()
     def _signal(self, batch: Batch, *, request: SignalRequest, place: int) -> TeacherSignal:
-        rows, codec = self._rows(batch), self._codec
+        stored, codec = self._stored(batch, request=request), self._codec
+        taps = Taps()
+        if request.taps:
+            assert self._layers is not None
+            taps = self._layers.taps(stored, request=request.taps, batch=batch, places_P=positions_of(batch))
+        if request.distribution is None:
+            return TapSignal(taps)
+        rows = _counted({name: stored[name] for name in codec.shapes}, batch=batch)
         match codec:
             case TopKCodec():
-                return self._top_k(rows, codec=codec, request=request)
+                return replace(self._top_k(rows, codec=codec, request=request), taps=taps)
             case SampledCodec():
-                return self._sampled(rows, codec=codec, request=request)
-        return self._hidden(rows["hidden"], batch=batch, request=request, place=place)
+                return replace(self._sampled(rows, codec=codec, request=request), taps=taps)
+        return replace(self._hidden(rows["hidden"], batch=batch, request=request, place=place), taps=taps)
 
-    def _rows(self, batch: Batch) -> Rows:
-        """The stored rows of the counted tokens, on the batch's device, without waiting for it."""
+    def _stored(self, batch: Batch, *, request: SignalRequest) -> Rows:
+        """The stored rows of the batch's samples, on its device, without waiting for it."""
         segments = [segment for row in batch.segments for segment in row]
-        stored = self._reader.rows(segments, origin=batch.origin)
+        stored = self._reader.rows(
+            segments,
+            origin=batch.origin,
+            records=request.distribution is not None,
+            taps=names_of(request.taps),
+        )
         device = batch.labels_BS.device
-        rows = {name: tensor.to(device, non_blocking=True) for name, tensor in stored.items()}
-        (total,) = {len(tensor) for tensor in rows.values()}
-        assert batch.counted_T.numel() <= total, "the cache's samples are not these"
-        if batch.counted_T.numel() == total:
-            return rows
-        # Labels without weight are stored and not counted.
-        place_P = (batch.labels_BS != IGNORE_LABEL).flatten().cumsum(0) - 1
-        chosen_T = place_P[batch.counted_T]
-        return {name: tensor.index_select(0, chosen_T) for name, tensor in rows.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in stored.items()}
 
     def _top_k(self, rows: Rows, *, codec: TopKCodec, request: SignalRequest) -> TopKSignal:
         found = codec.decode(rows)
@@ -161,7 +168,9 @@ class CachedTeacher:
             ids_TK, weight_TK = torch.where(known_TK, ids_TK, 0), torch.where(known_TK, weight_TK, 0.0)
         return SampledSignal(ids_TK, weight_TK, logp_TK, vocab_size=self._shared_ids)
 
-    def _hidden(self, hidden_TE: Tensor, *, batch: Batch, request: SignalRequest, place: int) -> TeacherSignal:
+    def _hidden(
+        self, hidden_TE: Tensor, *, batch: Batch, request: SignalRequest, place: int
+    ) -> HiddenSignal | TopKSignal | SampledSignal:
         assert self._head is not None
         rows, positions = batch.labels_BS.shape
         hidden_PE = hidden_TE.new_zeros((rows * positions, hidden_TE.shape[1]))
@@ -190,6 +199,18 @@ class CachedTeacher:
 
     def close(self) -> None:
         """Nothing to release: the maps go with the object."""
+
+
+def _counted(rows: Rows, *, batch: Batch) -> Rows:
+    """Of the rows of all labels those of the counted tokens."""
+    (total,) = {len(tensor) for tensor in rows.values()}
+    assert batch.counted_T.numel() <= total, "the cache's samples are not these"
+    if batch.counted_T.numel() == total:
+        return rows
+    # Labels without weight are stored and not counted.
+    place_P = (batch.labels_BS != IGNORE_LABEL).flatten().cumsum(0) - 1
+    chosen_T = place_P[batch.counted_T]
+    return {name: tensor.index_select(0, chosen_T) for name, tensor in rows.items()}
 
 
 def _check_sampled(wanted: SampledRequest, *, codec: SampledCodec) -> None:

@@ -44,8 +44,8 @@ class Member:
 class MixtureTeacher:
     """p(v) = Σ_m w_m · p_m(v), which the vocabulary pass evaluates from the members' hidden states and heads.
 
-    Members are online teachers. Each runs its forward on every batch, whatever the weights: ranks must call the same
-    collectives. Captured activations come from the member at `taps_from` alone.
+    Members are online teachers, or caches of hidden states. Each online one runs its forward on every batch, whatever
+    the weights: ranks must call the same collectives. Captured activations come from the member at `taps_from` alone.
 
     Learned weights follow expectation maximisation, step by step: with the posterior r_m = w_m·p_m(y) / Σ of the labels
     y at temperature 1, w ← (1 − rate)·w + rate·mean r over the label tokens of all ranks. They stay a distribution; a

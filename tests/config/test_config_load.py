@@ -185,7 +185,7 @@ def test_all_problems_are_told_at_once(with_key: Changed) -> None:
     ("key", "value", "expected"),
     [
         ("train.max_steps", None, "train.max_steps: set it or train.max_epochs"),
-        ("student.model", None, "student.model: set it, or student.config, or student.teacher_layers"),
+        ("student.model", None, "student.model: set it, or student.config, student.teacher_layers or student.design"),
         ("student.teacher_layers", [], "name at least one layer"),
         ("student.teacher_layers", [0, -1], "-1 is not a layer"),
         ("objective.divergences", [], "objective.alpha = 0.5 needs one with a positive weight"),

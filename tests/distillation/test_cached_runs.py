@@ -161,8 +161,8 @@ REFUSED = {
     "sampled": (TOP_K, {"objective__signal": {"kind": "sampled"}}, r"objective\.signal\.kind = 'sampled'"),
     "features": (
         HIDDEN,
-        {"objective__features": [{"name": "h", "loss": "mse", "layers": {"kind": "uniform"}}]},
-        r"objective\.features",
+        {"objective__features": [{"name": "h", "loss": "mse", "layers": {"map": "uniform"}}]},
+        r"TeacherError: objective\.features\.h\.layers: .*the cache holds none",
     ),
     "data": (TOP_K, {"data__train": "eval"}, r"data\.train: these are not the samples"),
 }
@@ -238,4 +238,4 @@ def test_damaged_and_missing_shards_are_refused_and_made_again(caches, tiny_asse
 def test_a_job_that_cannot_be_cached_says_why(tiny_assets, one_rank, tmp_path):
     refused(one_rank, settings(tiny_assets, tmp_path / "run"), r"ConfigError: cache: set cache\.path", job=cache)
     tree = from_cache(recipe(tiny_assets, tmp_path, codec=TOP_K), model=False)
-    refused(one_rank, tree, r"ConfigError.*student\.teacher_layers: a cache has no layers")
+    refused(one_rank, tree, r"ConfigError.*student\.teacher_layers: a cache has no weights.*teacher\.model")

@@ -30,6 +30,8 @@ def test_the_next_step_is_asked_for_only_where_its_rows_are_known(rollouts):
         rollouts=rollouts,
         objective=build_objective(ObjectiveConfig()),
         alignment=None,
+        router=None,
+        layer_drop=None,
         config=SimpleNamespace(train=SimpleNamespace(seed=0)),
     )
     session = SimpleNamespace(parts=parts)

@@ -38,8 +38,8 @@ COMES_WITH = {
 }
 
 
-# What only launch/serve_teacher.py imports may use the extra `serve`.
-SERVING = {"teachers/server.py"}
+# Files that a run imports only where its configuration asks for what an extra brings.
+EXTRAS = {"teachers/server.py": "serve", "models/lora.py": "lora"}
 
 
 def _modules() -> list[Path]:
@@ -148,23 +148,22 @@ def test_no_shapeless_names() -> None:
 def test_imports_are_declared_dependencies() -> None:
     declared = configparser.ConfigParser()
     declared.read(ROOT / "setup.cfg")
-    lines = declared["options"]["install_requires"].split("\n")
-    names = {line.split()[0] for line in lines if line.strip()}
-    extras = {
-        line.split()[0]
-        for line in declared["options.extras_require"]["serve"].split("\n")
-        if line.strip() and not line.startswith("#")
-    }
+    always = _required(declared["options"]["install_requires"])
     wrong = set()
     for path in _modules():
         for line, module in imports(path):
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top == "largekd":
                 continue
-            own = names | extras if path.relative_to(PACKAGE).as_posix() in SERVING else names
-            if COMES_WITH.get(top, top) not in own:
+            extra = EXTRAS.get(path.relative_to(PACKAGE).as_posix())
+            optional = set() if extra is None else _required(declared["options.extras_require"][extra])
+            if COMES_WITH.get(top, top) not in always | optional:
                 wrong.add(f"{at(path, line)}: {top}")
     assert wrong == set()
+
+
+def _required(lines: str) -> set[str]:
+    return {line.split()[0] for line in lines.split("\n") if line.strip() and not line.startswith("#")}
 
 
 def test_every_room_has_a_readme() -> None:

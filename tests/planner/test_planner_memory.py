@@ -135,7 +135,7 @@ def test_checkpointing_keeps_one_layer_and_the_inputs_of_all(teacher_folder: Pat
     assert stored - recomputed == 2 * layer - 3 * 512 * 2 * 2 * 128
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gpt_neox"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_are_those_that_autograd_saves(model_type: str, dtype: torch.dtype) -> None:
     def saved(depth: int) -> float:
@@ -145,7 +145,7 @@ def test_activations_are_those_that_autograd_saves(model_type: str, dtype: torch
             **{"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32},
             **{"intermediate_size": 144, "num_hidden_layers": depth, "vocab_size": 64, "use_cache": False},
         )
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").model.train()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").base_model.train()
         kept = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage() for parameter in model.parameters()}
         weights = set(kept)
         with torch.autograd.graph.saved_tensors_hooks(

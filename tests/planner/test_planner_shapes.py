@@ -42,7 +42,7 @@ def counted(tmp_path: Path, model_type: str, **changes: Any) -> tuple[ModelShape
 
 
 # These derive the head size from the width.
-FIXED_HEADS = ("phi3", "olmo2", "olmoe")
+FIXED_HEADS = ("phi3", "olmo2", "olmoe", "gpt_neox")
 
 
 @pytest.mark.parametrize(

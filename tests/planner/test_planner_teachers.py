@@ -137,6 +137,29 @@ def test_what_is_stored_decides_what_a_cache_takes(models: Path, precision: str,
     assert size(made, name="signal of a few ids") == MICRO * ROW * 16 * 12
 
 
+@pytest.mark.parametrize(("precision", "size_bytes"), [("bf16", 2), ("fp32", 4)])
+def test_layers_of_a_cache_are_read_one_micro_batch_at_a_time(models: Path, precision: str, size_bytes: int) -> None:
+    identity = {
+        "codec": {"kind": "top_k", "k": 64},
+        "teacher": {"precision": "bf16"},
+        "taps": {"precision": precision, "hidden": [40, 79], "attention": [79]},
+    }
+    (models / "cache/manifest.json").write_text(json.dumps({"identity": identity}), encoding="utf-8")
+    cached = {"kind": "cached", "path": str(models / "cache")}
+    objective = {
+        "signal": {"kind": "top_k", "k": 16},
+        "features": [{"layers": {"map": "uniform", "count": 2}}],
+        "attention": [{"layers": {"map": "last"}}],
+    }
+    made = planned(models, teacher=cached, **objective)
+    expected = MICRO * ROW * size_bytes * (2 * 8192 + (64 + 2 * 8) * 128)
+    found = {term.place: term.bytes for term in made.terms if term.name == "captured layers of a micro-batch"}
+    assert found == {"host": expected, "accelerator": expected}
+    assert not [name for name in names(made) if "whole step" in name]
+    online = planned(models, teacher=ONLINE, **objective)
+    assert size(online, name="captured hidden states, whole step", phase="student") == STEP_TOKENS * 2 * 8192 * 2
+
+
 def test_positions_are_those_of_the_key_that_names_the_model(models: Path) -> None:
     tree = tree_of(models, teacher={"kind": "cached", "path": str(models / "cache")})
     tree["train"]["sequence_length"] = 9000

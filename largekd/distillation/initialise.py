@@ -1,0 +1,257 @@
+"""The first weights of a student of another shape: which rule makes them, and of what."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from largekd.config.initialise import InitialiseConfig
+from largekd.errors import ConfigError
+from largekd.initialisation.axes import StudentMaps
+from largekd.initialisation.derive import Derivation, Prepare, as_stored, derivations, rule_of_names
+from largekd.initialisation.expert_maps import LayerLoads
+from largekd.initialisation.expert_shapes import check_experts, mapped_sizes, needs_loads, same_family
+from largekd.initialisation.experts import expert_derivations
+from largekd.initialisation.fill import fill_from
+from largekd.initialisation.importance import importance_maps
+from largekd.initialisation.influence import influential_layers
+from largekd.initialisation.layers import LAYER_RULES, check_depth
+from largekd.initialisation.report import REPORT_FILE, InitialisationReport
+from largekd.initialisation.rotation import check_rotatable, fold_norms, rotated_ends, rotated_maps
+from largekd.initialisation.sizes import Sizes, sizes_of
+from largekd.initialisation.statistics import Statistics
+from largekd.initialisation.width import check_sizes, plain_maps
+from largekd.models.build import skeleton
+from largekd.models.source import ModelFolder
+from largekd.runtime.files import write_json
+from largekd.runtime.ranks import Ranks, Together
+
+logger = logging.getLogger(__name__)
+
+# What weights are made for: with another value the same numbers are another function.
+_MUST_AGREE = ("hidden_act", "hidden_activation", "partial_rotary_factor", "use_parallel_residual")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a rule is given: both shapes, the teacher's layers that are kept, and the configuration; the statistics of
+    the teacher for the rules that need some."""
+
+    config: InitialiseConfig
+    model: PreTrainedModel
+    teacher_config: PretrainedConfig
+    teacher: Sizes
+    student: Sizes
+    layers: tuple[int, ...]
+    statistics: Statistics | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rule answers; the last two are for `derivations`."""
+
+    maps: StudentMaps
+    prepare: Prepare = as_stored
+    given: Mapping[str, Derivation | None] = field(default_factory=dict)
+
+
+def _truncate(request: Request) -> Plan:
+    return Plan(_plain(request, even=False))
+
+
+def _interpolate(request: Request) -> Plan:
+    return Plan(_plain(request, even=True))
+
+
+def _plain(request: Request, *, even: bool) -> StudentMaps:
+    return plain_maps(
+        teacher=request.teacher,
+        student=request.student,
+        layers=request.layers,
+        even=even,
+        gain=request.config.gain,
+    )
+
+
+def _importance(request: Request) -> Plan:
+    return Plan(_important(request, width=True))
+
+
+def _pca(request: Request) -> Plan:
+    """Neurons and heads by importance, hidden units by rotation, which changes all that touches the stream."""
+    assert request.statistics is not None
+    assert request.statistics.moment_DD is not None
+    maps = rotated_maps(
+        _important(request, width=False), moment_DD=request.statistics.moment_DD, width=request.student.width
+    )
+    ends = rotated_ends(request.model, maps=maps, teacher_config=request.teacher_config)
+    return Plan(maps, prepare=fold_norms(request.model), given=ends)
+
+
+def _important(request: Request, *, width: bool) -> StudentMaps:
+    assert request.statistics is not None
+    return importance_maps(
+        request.statistics, layers=request.layers, teacher=request.teacher, student=request.student, width=width
+    )
+
+
+RULES: Mapping[str, Callable[[Request], Plan]] = {
+    "truncate": _truncate,
+    "interpolate": _interpolate,
+    "importance": _importance,
+    "pca": _pca,
+}
+"""student.initialise.width -> the rule."""
+
+
+class Measures(Protocol):
+    """What rules can ask of the teacher; both are collective calls."""
+
+    def statistics(self, *, moment: bool) -> Statistics:
+        """The teacher's activations; `moment`: the second moment of its stream among them."""
+        ...
+
+    def loads(self) -> Mapping[int, LayerLoads]:
+        """How much the teacher's routers use each expert, by layer."""
+        ...
+
+
+def needs_statistics(config: InitialiseConfig) -> bool:
+    """Whether one of the rules looks at the teacher's activations."""
+    return config.layers == "block_influence" or config.width in ("importance", "pca")
+
+
+def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, student: PretrainedConfig) -> None:
+    """What can be told from the two configurations, before any weight is read.
+
+    Errors: ConfigError for another family, a shape that cannot be made of the teacher's, or layers that do not exist.
+    """
+    if config.width not in RULES:
+        raise ConfigError(f"student.initialise.width = {config.width!r}: must be one of {', '.join(RULES)}.")
+    if not same_family(teacher, student):
+        raise ConfigError(
+            f"student.initialise: a {student.model_type!r} student cannot be made of a {teacher.model_type!r} teacher; "
+            f"set model_type of student.config to {teacher.model_type!r} or remove student.initialise."
+        )
+    for name in _MUST_AGREE:
+        theirs, ours = getattr(teacher, name, None), getattr(student, name, None)
+        if theirs != ours:
+            raise ConfigError(
+                f"student.initialise: student.config has {name} = {ours!r} and the teacher {theirs!r}; the teacher's "
+                "weights mean another function with it. Use the teacher's value."
+            )
+    if _rope(teacher) != _rope(student):
+        raise ConfigError(
+            "student.initialise: student.config turns positions otherwise than the teacher (rope_parameters "
+            f"{_rope(student)}, the teacher's {_rope(teacher)}); use the teacher's values."
+        )
+    if config.width == "pca":
+        check_rotatable(student)
+    check_experts(config.experts, teacher=teacher, student=student)
+    check_sizes(teacher=sizes_of(teacher), student=mapped_sizes(config.experts, teacher=teacher, student=student))
+    check_depth(student.num_hidden_layers, depth=teacher.num_hidden_layers, chosen=config.layers)
+
+
+def initialise_student(
+    model: PreTrainedModel,
+    *,
+    config: InitialiseConfig,
+    teacher: ModelFolder,
+    seed: int,
+    ranks: Ranks,
+    measures: Measures,
+) -> InitialisationReport:
+    """Fill the sharded student with what its teacher's checkpoint gives. A collective call. Errors: ConfigError.
+
+    measures: asked once for what `needs_statistics` and `needs_loads` say.
+    """
+    check_initialise(config, teacher=teacher.config, student=model.config)
+    statistics = None
+    if needs_statistics(config):
+        statistics = measures.statistics(moment=config.width == "pca")
+    layers = _layers(
+        config,
+        count=model.config.num_hidden_layers,
+        depth=teacher.config.num_hidden_layers,
+        statistics=statistics,
+    )
+    request = Request(
+        config=config,
+        model=model,
+        teacher_config=teacher.config,
+        teacher=sizes_of(teacher.config),
+        student=mapped_sizes(config.experts, teacher=teacher.config, student=model.config),
+        layers=layers,
+        statistics=statistics,
+    )
+    plan = RULES[config.width](request)
+    made = derivations(
+        model,
+        maps=plan.maps,
+        teacher_config=teacher.config,
+        seed=seed,
+        prepare=plan.prepare,
+        given={**plan.given, **_experts(request, plan=plan, measures=measures, seed=seed)},
+    )
+    report = fill_from(
+        model, derivations=made, folder=teacher.path, rank=ranks.rank, seed=seed, teacher=_names(model, teacher)
+    )
+    report = replace(
+        report,
+        plan={
+            "teacher": str(teacher.path),
+            "layers": list(layers),
+            "gains": dict(plan.maps.gains),
+            **config.model_dump(mode="json", exclude={"layers"}),
+        },
+    )
+    if ranks.is_main:
+        logger.info("student: %s", report.in_words())
+    return report
+
+
+def _experts(request: Request, *, plan: Plan, measures: Measures, seed: int) -> dict[str, Derivation]:
+    """The MLPs of layers in which teacher and student differ in their experts."""
+    config, teacher, student = request.config.experts, request.teacher_config, request.model.config
+    watched = needs_loads(config, teacher=teacher, student=student)
+    return expert_derivations(
+        request.model,
+        config=config,
+        teacher_config=teacher,
+        layers=request.layers,
+        rule=rule_of_names(request.model, maps=plan.maps, teacher_config=teacher, prepare=plan.prepare),
+        loads=measures.loads() if watched else {},
+        seed=seed,
+    )
+
+
+def _names(model: PreTrainedModel, teacher: ModelFolder) -> PreTrainedModel | None:
+    """Something that names the teacher's tensors, where the student does not."""
+    if teacher.config.model_type == model.config.model_type:
+        return None
+    return skeleton(teacher.config, trust_remote_code=teacher.trust_remote_code)
+
+
+def write_report(report: InitialisationReport, *, folder: Path, ranks: Ranks) -> None:
+    """initialisation.json in a run's folder. A collective call."""
+    with Together():
+        if ranks.is_main:
+            write_json(folder / REPORT_FILE, value=report.as_mapping())
+
+
+def _layers(config: InitialiseConfig, *, count: int, depth: int, statistics: Statistics | None) -> tuple[int, ...]:
+    """The teacher's layer of each of the student's."""
+    if not isinstance(config.layers, str):
+        return config.layers
+    if config.layers == "block_influence":
+        assert statistics is not None
+        return influential_layers(statistics.influence_N, keep=count)
+    return LAYER_RULES[config.layers](count, depth=depth)
+
+
+def _rope(config: PretrainedConfig) -> dict[str, object]:
+    found = getattr(config, "rope_parameters", None) or {}
+    return {key: value for key, value in found.items() if value is not None}

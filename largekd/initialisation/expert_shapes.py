@@ -1,0 +1,158 @@
+"""What two configurations say of their experts, and whether one model's can be made of the other's."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from transformers import PretrainedConfig
+
+from largekd.config.experts import ExpertsConfig
+from largekd.errors import ConfigError
+from largekd.initialisation.sizes import Sizes, sizes_of
+
+_DENSE_OF: Mapping[str, tuple[str, ...]] = {"mixtral": ("llama", "mistral"), "qwen3_moe": ("qwen3",), "olmoe": ()}
+"""Families with a router over experts -> dense families with the same attention and norms."""
+
+_ALWAYS_RENORMALISED = frozenset({"mixtral"})
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """Experts of a layer, how many a token is sent to, and whether the weights of these are made to add up to 1."""
+
+    experts: int
+    active: int
+    renormalised: bool
+
+
+def experts_of(config: PretrainedConfig) -> ExpertShape | None:
+    """The experts of a model; None for one without."""
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    if not experts:
+        return None
+    return ExpertShape(
+        experts=int(experts),
+        active=int(config.num_experts_per_tok),
+        renormalised=config.model_type in _ALWAYS_RENORMALISED or bool(getattr(config, "norm_topk_prob", False)),
+    )
+
+
+def has_experts(config: PretrainedConfig, *, layer: int) -> bool:
+    """Whether this layer of the model is a mixture: some families have ordinary MLPs among them."""
+    if experts_of(config) is None or layer in (getattr(config, "mlp_only_layers", None) or ()):
+        return False
+    return (layer + 1) % (getattr(config, "decoder_sparse_step", None) or 1) == 0
+
+
+def same_family(teacher: PretrainedConfig, student: PretrainedConfig) -> bool:
+    """Whether every tensor beside the MLPs means the same in both."""
+    types = (teacher.model_type, student.model_type)
+    return len(set(types)) == 1 or any(types in ((m, d), (d, m)) for m, dense in _DENSE_OF.items() for d in dense)
+
+
+def slices_of(*, teacher: PretrainedConfig, student: PretrainedConfig) -> int:
+    """How many experts of the student hold one copy of the dense teacher's neurons, when it is split."""
+    return sizes_of(teacher).ffn // sizes_of(student).ffn
+
+
+def mapped_sizes(config: ExpertsConfig, *, teacher: PretrainedConfig, student: PretrainedConfig) -> Sizes:
+    """The student's sizes with as many neurons as the map of neurons has to give.
+
+    Splitting and concatenation keep every neuron, and deal them out afterwards.
+    """
+    sizes, before, after = sizes_of(student), experts_of(teacher), experts_of(student)
+    split = before is None and after is not None and config.from_dense == "split"
+    joined = before is not None and after is None and config.to_dense == "concatenate"
+    return replace(sizes, ffn=sizes_of(teacher).ffn) if split or joined else sizes
+
+
+def needs_loads(config: ExpertsConfig, *, teacher: PretrainedConfig, student: PretrainedConfig) -> bool:
+    """Whether the teacher's routers have to be watched on some text."""
+    before, after = experts_of(teacher), experts_of(student)
+    if before is None:
+        return False
+    if after is None:
+        return True
+    return after.experts < before.experts and isinstance(config.fewer, str)
+
+
+def check_experts(config: ExpertsConfig, *, teacher: PretrainedConfig, student: PretrainedConfig) -> None:
+    """Errors: ConfigError when the student's experts or MLPs cannot be made of the teacher's."""
+    before, after = experts_of(teacher), experts_of(student)
+    if before is None and after is None:
+        return
+    for config_of, shape, place in ((teacher, before, "the teacher"), (student, after, "student.config")):
+        # Equal experts need no map: the rules of the other axes make them, in any family they know.
+        if shape is not None and before != after and config_of.model_type not in _DENSE_OF:
+            raise ConfigError(
+                f"student.initialise: {place} is a {config_of.model_type!r} model; experts are mapped for "
+                f"{', '.join(sorted(_DENSE_OF))}. Remove student.initialise or choose one of these."
+            )
+        if shape is not None and shape.active > shape.experts:
+            raise ConfigError(
+                f"{place}: num_experts_per_tok = {shape.active} is more than its {shape.experts} experts."
+            )
+    if before is None and after is not None:
+        _check_upcycling(config, teacher=teacher, student=student, after=after)
+    elif before is not None and after is None:
+        _check_dense(config, teacher=teacher, student=student, before=before)
+    elif before is not None and after is not None:
+        _check_counts(config, before=before, after=after)
+    if before is None or after is None:
+        _check_biases(teacher, student)
+
+
+def _check_upcycling(
+    config: ExpertsConfig, *, teacher: PretrainedConfig, student: PretrainedConfig, after: ExpertShape
+) -> None:
+    if config.from_dense == "copy":
+        return
+    neurons, width = sizes_of(teacher).ffn, sizes_of(student).ffn
+    slices = max(neurons // width, 1)
+    if neurons % width or after.experts % slices:
+        raise ConfigError(
+            f"student.initialise.experts.from_dense = 'split': the teacher's {neurons} neurons and {after.experts} "
+            f"experts of {width}: the experts' width must divide the neurons, and the number of slices (neurons / "
+            "width) the experts. Change num_experts (num_local_experts) or the experts' intermediate size in "
+            "student.config, or use 'copy'."
+        )
+
+
+def _check_dense(
+    config: ExpertsConfig, *, teacher: PretrainedConfig, student: PretrainedConfig, before: ExpertShape
+) -> None:
+    if config.to_dense != "concatenate":
+        return
+    width, neurons = sizes_of(teacher).ffn, sizes_of(student).ffn
+    if neurons % width or not 1 <= neurons // width <= before.experts:
+        raise ConfigError(
+            f"student.initialise.experts.to_dense = 'concatenate': intermediate_size = {neurons} of student.config "
+            f"must be 1 to {before.experts} times the width of the teacher's experts, {width}."
+        )
+
+
+def _check_counts(config: ExpertsConfig, *, before: ExpertShape, after: ExpertShape) -> None:
+    if after.experts > before.experts and after.experts % before.experts:
+        raise ConfigError(
+            f"student.config has {after.experts} experts and the teacher {before.experts}: more experts must be a "
+            "multiple of the teacher's, which are then repeated. Change num_experts (num_local_experts)."
+        )
+    if isinstance(config.fewer, str) or after.experts >= before.experts:
+        return
+    key = f"student.initialise.experts.fewer = {list(config.fewer)}"
+    if len(config.fewer) != after.experts:
+        raise ConfigError(f"{key}: names {len(config.fewer)} experts, but student.config has {after.experts}.")
+    wrong = next((index for index in config.fewer if not 0 <= index < before.experts), None)
+    if wrong is not None:
+        raise ConfigError(f"{key}: the teacher has experts 0 to {before.experts - 1}; {wrong} is not one of them.")
+    if len(set(config.fewer)) != len(config.fewer):
+        raise ConfigError(f"{key}: an expert is named twice; every index must be another.")
+
+
+def _check_biases(teacher: PretrainedConfig, student: PretrainedConfig) -> None:
+    for name in ("attention_bias", "mlp_bias"):
+        theirs, ours = (bool(getattr(config, name, False)) for config in (teacher, student))
+        if theirs != ours:
+            raise ConfigError(
+                f"student.initialise: {name} is {theirs} in the teacher and {ours} in the {student.model_type!r} "
+                "student, which would lose or lack these weights. Choose a teacher without biases."
+            )

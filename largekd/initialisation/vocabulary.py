@@ -1,0 +1,66 @@
+"""A model folder with a trimmed vocabulary: rows of embedding and head chosen, everything else as it is."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from largekd.errors import ConfigError
+from largekd.runtime.files import write_json
+from largekd.sharding.stream import INDEX_FILE, SINGLE_FILE, tensor_files
+
+
+def trim_weights(source: Path, *, target: Path, config: PretrainedConfig, kept_V: NDArray[Any]) -> dict[str, list[int]]:
+    """Write the weights of the folder `source` to `target` with the rows `kept_V` of embedding, head and its bias.
+
+    File by file; the names of tensors and files stay. Returns the new shape of every tensor that was cut.
+    Errors: ConfigError for a checkpoint without the embedding, and for one with too few rows.
+    """
+    names = vocabulary_tensors(config)
+    files = tensor_files(source)
+    index, paths = torch.from_numpy(kept_V), sorted(set(files.values()))
+    single, cut = len(paths) == 1, dict[str, list[int]]()
+    for path in paths:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            tensors = {name: opened.get_tensor(name) for name, file in files.items() if file == path}
+        for name in names & tensors.keys():
+            tensors[name] = _rows(tensors[name], name=name, index=index, folder=source)
+            cut[name] = list(tensors[name].shape)
+        save_file(tensors, target / (SINGLE_FILE if single else path.name), metadata={"format": "pt"})
+    if not cut:
+        raise ConfigError(f"{source}: found none of the tensors {', '.join(sorted(names))}, which hold the vocabulary.")
+    if not single:
+        size = sum((target / path.name).stat().st_size for path in paths)
+        weight_map = {name: path.name for name, path in files.items()}
+        write_json(target / INDEX_FILE, value={"metadata": {"total_size": size}, "weight_map": weight_map})
+    return cut
+
+
+def vocabulary_tensors(config: PretrainedConfig) -> frozenset[str]:
+    """Names, in a checkpoint of this configuration, of the tensors whose first dimension is the vocabulary: embedding,
+    head and the head's bias, with and without the decoder's own prefix."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    wanted = [model.get_input_embeddings().weight, *(() if head is None else head.parameters())]
+    names = {
+        name
+        for name, value in model.named_parameters(remove_duplicate=False)
+        if any(value is parameter for parameter in wanted)
+    }
+    prefix = f"{model.base_model_prefix}."
+    return frozenset(names | {name.removeprefix(prefix) for name in names})
+
+
+def _rows(value: Tensor, *, name: str, index: Tensor, folder: Path) -> Tensor:
+    if int(index.max()) >= value.shape[0]:
+        raise ConfigError(
+            f"{folder}: {name!r} has {value.shape[0]} rows, and the tokenizer has an id {int(index.max())}; "
+            "the tokenizer and the weights do not belong together."
+        )
+    return value.index_select(0, index)

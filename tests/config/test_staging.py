@@ -1,0 +1,120 @@
+"""Stages and freezing in the configuration: what merges, and what is refused with the key that is wrong."""
+
+import pytest
+
+from largekd.config.load import parse_config
+from largekd.config.staging import keeps_teacher, nested, stages_of
+from largekd.errors import ConfigError
+from largekd.planner.report import plan_text
+
+
+def staged(minimal, *stages, **changes):
+    minimal["train"].pop("max_steps")
+    names = ("one", "two", "three")
+    entries = [{"name": name, "steps": 4} | stage for name, stage in zip(names, stages, strict=False)]
+    return {**minimal, "stages": entries, **changes}
+
+
+def test_a_run_without_stages_is_one_stage(minimal):
+    config = parse_config(minimal)
+    (stage,) = stages_of(config)
+    assert stage.config == config and stage.index == 0
+
+
+def test_a_stage_merges_mappings_and_replaces_lists_and_kinds(minimal):
+    minimal["objective"] = {"divergences": [{"name": "forward_kl"}, {"name": "reverse_kl"}], "alpha": 0.7}
+    change = {
+        "objective": {"divergences": [{"name": "jsd", "mix": 0.3}]},
+        "data.train.max_samples": 5,
+        "teacher": {"kind": "cached", "path": "c", "model": "t"},
+    }
+    first, second = stages_of(parse_config(staged(minimal, {}, {"set": change})))
+    assert first.config.objective.alpha == second.config.objective.alpha == 0.7
+    assert [term.name for term in second.config.objective.divergences] == ["jsd"]
+    assert second.config.data.train.path == "train.jsonl" and second.config.data.train.max_samples == 5
+    assert first.config.teacher.kind == "online" and second.config.teacher.kind == "cached"
+    assert keeps_teacher(first.config, first.config) and not keeps_teacher(first.config, second.config)
+
+
+def test_durations_become_steps_or_epochs_of_the_stage(minimal):
+    # 8 rows of 16 positions, then of 32.
+    by_tokens = {"steps": None, "tokens": 8 * 32 * 3 + 1, "set": {"train.sequence_length": 32}}
+    stages = stages_of(parse_config(staged(minimal, {}, by_tokens, {"steps": None, "epochs": 2})))
+    lengths = [(stage.config.train.max_steps, stage.config.train.max_epochs) for stage in stages]
+    assert lengths == [(4, None), (4, None), (None, 2)]
+
+
+def test_dotted_and_nested_keys_are_the_same():
+    assert nested({"a.b": 1, "a": {"c.d": 2}}) == {"a": {"b": 1, "c": {"d": 2}}}
+
+
+EMA = {"kind": "ema", "deepspeed": "ds_configs/zero3.json"}
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{}, {"name": "one"}], r"stages: the name 'one' is used 2 times"),
+        ([{"tokens": 5}], r"stages\.0 \('one'\): steps and tokens are set"),
+        ([{"steps": None}], r"stages\.0 \('one'\): none of them is set"),
+        ([{"set": {"run.dir": "x"}}], r"stages\.0\.set\.run\.dir: run may not differ"),
+        ([{"set": {"student": {"model": "x"}}}], r"stages\.0\.set\.student\.model: student may not differ"),
+        ([{"set": {"train.max_steps": 3}}], r"stages\.0\.set\.train\.max_steps: .*own `steps`"),
+        ([{}, {"set": {"train": {"precision": "fp32"}}}], r"stages\.1\.set\.train\.precision"),
+        ([{"set": {"optim": {"lrr": 1}}}], r"stages\.0\.set\.optim\.lrr: unknown key; did you mean optim\.lr\?"),
+        ([{"set": {"optim.warmup_steps": 4}}], r"stages\.0\.set\.optim\.warmup_steps = 4: must be less"),
+        ([{"set": {"optim.lr": "fast"}}], r"stages\.0\.set\.optim\.lr = 'fast': must be a number"),
+        ([{"keep_optimizer": True}], r"stages\.0\.keep_optimizer"),
+        ([{}, {"keep_optimizer": True, "set": {"optim.implementation": "deepspeed"}}], r"keep_optimizer needs"),
+        ([{}, {"set": {"teacher": EMA}}], r"stages\.1 \('two'\): teacher\.kind = 'ema' begins as the weights"),
+    ],
+)
+def test_what_is_wrong_with_a_stage_is_told_with_its_place(minimal, stages, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(staged(minimal, *stages))
+
+
+def test_a_length_beside_stages_is_refused(minimal):
+    tree = staged(minimal, {})
+    tree["train"]["max_steps"] = 10
+    with pytest.raises(ConfigError, match=r"train\.max_steps = 10: the stages say how long the run is"):
+        parse_config(tree)
+
+
+def test_a_student_of_the_teachers_layers_has_one_teacher(minimal):
+    minimal["student"] = {"teacher_layers": [0, 1], "deepspeed": "ds_configs/zero3.json"}
+    with pytest.raises(ConfigError, match=r"teacher\.model = 'u', but the student is made of the layers of 't'"):
+        parse_config(staged(minimal, {}, {"set": {"teacher.model": "u"}}))
+
+
+@pytest.mark.parametrize(
+    ("freezing", "message"),
+    [
+        ({"parts": 1}, r"freezing\.parts = 1"),
+        ({"parts": 3, "at": [0.5]}, r"freezing\.at has 1 entries"),
+        ({"parts": 3, "at": [0.5, 0.5]}, r"freezing\.at = \[0\.5, 0\.5\]: must rise"),
+        ({"parts": 2, "at": [1.0]}, r"must rise, and lie between 0 and 1"),
+    ],
+)
+def test_freezing_is_checked(minimal, freezing, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config({**minimal, "freezing": freezing})
+
+
+def test_the_plan_of_stages_is_that_of_the_largest(tmp_path, repository):
+    from make_tiny_model import Shape, make_model
+
+    make_model(tmp_path / "teacher", shape=Shape(), seed=0)
+    placement = str(repository / "ds_configs/zero3_tiny.json")
+    tree = {
+        "run": {"dir": str(tmp_path / "run")},
+        "teacher": {"model": str(tmp_path / "teacher"), "deepspeed": placement},
+        "student": {"teacher_layers": [0, 1], "deepspeed": placement},
+        "data": {"train": "train.jsonl"},
+        "train": {"global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 32},
+    }
+    small = plan_text(parse_config({**tree, "stages": [{"name": "short", "steps": 2}]}), world_size=1)
+    long = {"name": "long", "steps": 2, "set": {"train.sequence_length": 128}}
+    both = plan_text(parse_config({**tree, "stages": [{"name": "short", "steps": 2}, long]}), world_size=1)
+    assert "the largest is long:" in both and "the largest" not in small
+    assert "tokens a step 1,024" in both and "tokens a step 256" in small
