@@ -10,14 +10,13 @@ The tests are read after the program has become a process of its own, so that no
 Report: one line `exit CODE CPU_SECONDS`, `signal NUMBER CPU_SECONDS`, or `judged CPU_SECONDS` and a line of JSON.
 """
 
+# Not `signal`: its enumerations cost as much as all other imports together.
+import _signal as signal
 import builtins
 import os
 import resource
 import sys
 from types import FunctionType, ModuleType
-
-# Not `signal`: its enumerations cost as much as all other imports together.
-import _signal as signal
 
 _MOST_DESCRIPTORS = 1024
 _LIMITS = (

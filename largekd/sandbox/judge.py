@@ -1,9 +1,9 @@
 """Tests of a program that must not be able to judge itself. Runs inside of the sandbox, in two processes.
 
-The program lives in one process (`serve`), the tests in another (`judge`), which the program can neither signal nor trace
-nor read nor write. The tests see the program's names as stand-ins; a call travels as text, and what comes back is rebuilt
-from plain built-in types. So a comparison is made by the judge's own interpreter on values that have no code of the
-program in them, and the verdict leaves through a descriptor that the program never had.
+The program lives in one process (`serve`), the tests in another (`judge`), which the program can neither signal nor
+trace nor read nor write. The tests see the program's names as stand-ins; a call travels as text, and what comes back is
+rebuilt from plain built-in types. So a comparison is made by the judge's own interpreter on values that have no code of
+the program in them, and the verdict leaves through a descriptor that the program never had.
 
 Like `inside.py` this is text for an interpreter that knows no package: standard library alone.
 """
@@ -150,7 +150,7 @@ def _answered(request: dict[str, Any], *, kept: Callable[[Any], Any]) -> Any:
 
 
 class ProgramEnded(BaseException):
-    """The program is gone, or says what is no answer. No `except Exception` of a test may take it for one of its own."""
+    """The program is gone, or says what is no answer. No `except Exception` of a test takes it for its own."""
 
 
 class _Line:
@@ -314,10 +314,7 @@ def _run_statements(tests: str, *, namespace: dict[str, Any], tally: _Tally) -> 
         run = types.FunctionType(code, namespace)
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             run()
-        elif any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
-            tally.ran += 1
-            tally.attempt(f"line {statement.lineno}", run)
-        elif _calls(statement):
+        elif _calls(statement) or any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
             tally.ran += 1
             tally.attempt(f"line {statement.lineno}", run)
         else:
@@ -344,16 +341,20 @@ def _run_defined(defined: dict[str, Any], *, entry_point: Any, tally: _Tally) ->
             tally.ran += 1
             tally.attempt(name, value)
         elif isinstance(value, type) and "unittest" in sys.modules:
-            unittest = sys.modules["unittest"]
-            if issubclass(value, unittest.TestCase):
-                suite, result = unittest.TestLoader().loadTestsFromTestCase(value), unittest.TestResult()
-                tally.attempt(name, lambda suite=suite, result=result: suite.run(result))  # type: ignore[misc]
-                tally.ran += result.testsRun - len(result.skipped)
-                bad = [*result.failures, *result.errors]
-                tally.problems += [
-                    f"{case.id()}: {trace.strip().splitlines()[-1][:_MOST_WORDS]}" for case, trace in bad
-                ]
-                tally.problems += [f"{case.id()}: succeeded, not as expected" for case in result.unexpectedSuccesses]
+            _run_case(value, tally=tally)
+
+
+def _run_case(case: type, *, tally: _Tally) -> None:
+    """The methods of a unittest.TestCase; any other class is passed over."""
+    unittest = sys.modules["unittest"]
+    if not issubclass(case, unittest.TestCase):
+        return
+    suite, result = unittest.TestLoader().loadTestsFromTestCase(case), unittest.TestResult()
+    tally.attempt(case.__name__, lambda: suite.run(result))
+    tally.ran += result.testsRun - len(result.skipped)
+    for test, trace in (*result.failures, *result.errors):
+        tally.problems.append(f"{test.id()}: {trace.strip().splitlines()[-1][:_MOST_WORDS]}")
+    tally.problems += [f"{test.id()}: succeeded, not as expected" for test in result.unexpectedSuccesses]
 
 
 def _words(error: BaseException) -> str:

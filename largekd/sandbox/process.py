@@ -230,9 +230,8 @@ def _watched(process: "subprocess.Popen[bytes]", *, started: _Started, report: i
     said = bytearray()
     _take(report, into=said, most=_MOST_REPORT)
     out, err = (bytes(written[: config.output_bytes]) for written in kept.values())
-    return Ended(
-        report=said.decode(errors="replace"), stdout=out, stderr=err, stopped=stopped, wall_s=wall_s, cpu_s=used.cpu_s
-    )
+    words = said.decode(errors="replace")
+    return Ended(report=words, stdout=out, stderr=err, stopped=stopped, wall_s=wall_s, cpu_s=used.cpu_s)
 
 
 def _excess(kept: Mapping[int, bytearray], *, left: float, used: Usage, config: SandboxConfig) -> Stop | None:

@@ -96,9 +96,7 @@ def started(request: Request, *, config: SandboxConfig) -> Ended:
     try:
         return run_process(request, config=config)
     except StartError as error:
-        raise GenerationError(
-            f"sandbox: {error}. Is the machine out of processes, memory or user namespaces?"
-        ) from error
+        raise GenerationError(f"sandbox: {error}. Is the machine out of processes or memory?") from error
 
 
 def result_of(ended: Ended) -> ProgramResult:

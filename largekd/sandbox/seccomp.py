@@ -1,6 +1,6 @@
 """The system-call filter of a sandboxed program, as classic BPF for the kernel.
 
-Made by hand rather than by bindings of libseccomp: forty lines of arithmetic against a dependency with a system library.
+Made by hand rather than by bindings of libseccomp: forty lines of arithmetic against a package and a system library.
 """
 
 import errno
@@ -47,7 +47,7 @@ def seccomp_program(machine: str) -> bytes:
 
 
 def _argument_rule(number: int, *, test: tuple[int, int, int, int], refusal: int) -> list[tuple[int, int, int, int]]:
-    """If the call is `number`: allow or refuse it by the low half of its first argument; `test` jumps by 1 to refuse."""
+    """If the call is `number`: allow or refuse by the low half of its first argument; `test` jumps by 1 to refuse."""
     return [
         (_EQUAL, 0, 4, number),
         (_LOAD, 0, 0, _ARGUMENT_AT),

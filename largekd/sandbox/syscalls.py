@@ -2,8 +2,8 @@
 
 What is left out on purpose, beside everything that administers a machine: ptrace, process_vm_*, pidfd_* and kcmp (other
 processes), unshare, setns, mount* and clone3 (namespaces; glibc falls back to clone, whose flags can be looked at),
-memfd_create and System V memory (memory that no limit counts), io_uring, bpf, perf_event_open, userfaultfd, keyctl (attack
-surface of the kernel). Source of the numbers: the kernel's unistd_64.h and asm-generic/unistd.h.
+memfd_create and System V memory (memory that no limit counts), io_uring, bpf, perf_event_open, userfaultfd, keyctl
+(attack surface of the kernel). Source of the numbers: the kernel's unistd_64.h and asm-generic/unistd.h.
 """
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}

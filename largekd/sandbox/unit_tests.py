@@ -22,7 +22,7 @@ from largekd.sandbox.programs import (
 
 @dataclass(frozen=True)
 class TestsResult:
-    """`passed`: at least one test ran and none failed. `problems` name those that did; `program` is how it all ended."""
+    """`passed`: at least one test ran and none failed. `problems` name those that did; `program`: how it all ended."""
 
     passed: bool
     ran: int
@@ -46,10 +46,10 @@ def run_tests(
     """Import a program and run tests against it: assert statements, `check(candidate)` with the name of an entry
     point, test_* functions, unittest cases. Errors as of `run_program`.
 
-    Guaranteed in the isolation `namespaces`: the program cannot make a test pass but by the plain values it returns, for
-    tests run in a process of their own on values rebuilt from built-in types (see `judge.py`). It sees neither the tests
-    nor what is expected. Printing, exiting and replacing built-ins do nothing for it. With `limits_only` it can signal
-    the judge and read its memory, and nothing is guaranteed.
+    Guaranteed in the isolation `namespaces`: the program cannot make a test pass but by the plain values it returns,
+    for tests run in a process of their own on values rebuilt from built-in types (see `judge.py`). It sees neither the
+    tests nor what is expected. Printing, exiting and replacing built-ins do nothing for it. With `limits_only` it can
+    signal the judge and read its memory, and nothing is guaranteed.
     """
     check_isolation(config)
     request = Request(
