@@ -12,6 +12,7 @@ Report: one line `exit CODE CPU_SECONDS`, `signal NUMBER CPU_SECONDS`, or `judge
 
 # Not `signal`: its enumerations cost as much as all other imports together.
 import _signal as signal
+import _thread
 import builtins
 import os
 import resource
@@ -30,10 +31,8 @@ _LIMITS = (
 
 
 def main() -> None:
-    """argv: descriptor of the request, descriptor of the report."""
-    request, report = int(sys.argv[1]), int(sys.argv[2])
-    os.set_inheritable(request, False)
-    os.set_inheritable(report, False)
+    """argv: descriptors of the request, of the report, and of a pipe that ends when the process outside does."""
+    request, report, lifeline = (int(one) for one in sys.argv[1:])
     # A process 1 is spared only signals that it has no handler for; Python installs one for SIGINT.
     signal.signal(signal.SIGINT, signal.SIG_DFL if os.getpid() == 1 else signal.SIG_IGN)
     limits = [int(number) for number in read_field(request).split()]
@@ -45,7 +44,10 @@ def main() -> None:
     write_file("program.py", content=program)
     # The scratch folder is the program's alone to import from: what it writes there must not run in a judge.
     sys.path[:0] = filter(None, path)
-    os.write(report, judged(request, limits=limits) if mode == "tests" else watched(limits))
+    if mode == "tests":
+        os.write(report, judged(request, limits=limits, lifeline=lifeline))
+    else:
+        os.write(report, watched(limits, lifeline=lifeline))
     os._exit(0)
 
 
@@ -72,7 +74,7 @@ def write_file(name: str, *, content: bytes) -> None:
         file.write(content)
 
 
-def watched(limits: list[int]) -> bytes:
+def watched(limits: list[int], *, lifeline: int) -> bytes:
     """Run the program as a script; the report's line."""
     child = os.fork()
     if child == 0:
@@ -81,12 +83,13 @@ def watched(limits: list[int]) -> bytes:
         load("program.py", name="__main__")
         # The interpreter's own end: threads are waited for, streams written out, exit status 0.
         sys.exit()
+    _thread.start_new_thread(end_with, (lifeline,))
     status = wait_for(child)
     kind = f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"exit {os.WEXITSTATUS(status)}"
     return f"{kind} {cpu_s():.4f}\n".encode()
 
 
-def judged(request: int, *, limits: list[int]) -> bytes:
+def judged(request: int, *, limits: list[int], lifeline: int) -> bytes:
     """Run the program as a module in a child, and the tests here, which ask the child; the report's lines."""
     judge_source = read_field(request)
     to_program, from_judge = os.pipe()
@@ -99,6 +102,7 @@ def judged(request: int, *, limits: list[int]) -> bytes:
         module = load("program.py", name="program")
         judge.serve(module, ask=to_program, answer=from_program)
         sys.exit()
+    _thread.start_new_thread(end_with, (lifeline,))
     os.close(to_program)
     os.close(from_program)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
@@ -109,6 +113,14 @@ def judged(request: int, *, limits: list[int]) -> bytes:
     os.kill(child, signal.SIGKILL)
     wait_for(child)
     return f"judged {cpu_s():.4f}\n{verdict}\n".encode()
+
+
+def end_with(lifeline: int) -> None:
+    """In a thread: end everything when the process that watches us is gone, however early it went."""
+    os.read(lifeline, 1)
+    if os.getpid() != 1:
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 def close_all_but(*kept: int) -> None:

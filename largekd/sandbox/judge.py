@@ -10,6 +10,7 @@ Like `inside.py` this is text for an interpreter that knows no package: standard
 
 import ast
 import builtins
+import importlib
 import json
 import os
 import sys
@@ -110,11 +111,13 @@ def serve(module: types.ModuleType, *, ask: int, answer: int) -> None:
         return getattr(module, coded["name"]) if "name" in coded else objects[coded["object"]]
 
     names = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-    shown = {name: value for name, value in names.items() if not isinstance(value, types.ModuleType)}
-    send(
-        answer,
-        [[name, {"name": name} if callable(value) else encode(value, keep=keep)] for name, value in shown.items()],
-    )
+    coded = {}
+    for name, value in names.items():
+        if isinstance(value, types.ModuleType):
+            coded[name] = {"module": value.__name__}
+        else:
+            coded[name] = {"name": name} if callable(value) else encode(value, keep=keep)
+    send(answer, list(coded.items()))
     while True:
         try:
             request = receive(ask)
@@ -297,9 +300,15 @@ def judge(tests: str, *, entry_point: str, ask: int, answer: int) -> str:
 
 
 def _bind(line: _Line, *, namespace: dict[str, Any]) -> None:
-    """The program's names as stand-ins, by themselves and as modules. Built-in names stay the interpreter's own."""
+    """The program's names as stand-ins, by themselves and as modules. Built-in names stay the interpreter's own, and a
+    module of the standard library that the program imported is imported here."""
     for name, coded in line.exchange(None):
-        if isinstance(name, str) and not hasattr(builtins, name) and not name.startswith("_"):
+        if not isinstance(name, str) or hasattr(builtins, name) or name.startswith("_"):
+            continue
+        if isinstance(coded, dict) and "module" in coded:
+            if coded["module"] == name and name in sys.stdlib_module_names:
+                namespace[name] = importlib.import_module(name)
+        else:
             namespace[name] = decode(coded, kept=line.stand_in)
     for name in _MODULES:
         module = types.ModuleType(name)

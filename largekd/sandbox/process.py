@@ -27,6 +27,7 @@ _LOOK_EVERY_S = 0.1
 _START_S = 30.0
 _MOST_REPORT = 1 << 20
 _DESCRIPTORS = 64
+_TASKS_OF_PROCESS_1 = 2
 _STACK_BYTES = 8 << 20
 _PAGE = 4096
 
@@ -79,9 +80,10 @@ def run_process(request: Request, *, config: SandboxConfig) -> Ended:
         stdin = held.enter_context(_readable(request.stdin))
         report = _pipe(held)
         python = interpreter(config.python).file
-        command = [python, "-I", "-S", "-c", _inside(), str(fields), str(report.write.fileno())]
         started = _Started(config=config, held=held)
-        passed = (fields, report.write.fileno())
+        lifeline = _pipe(held)
+        passed = (fields, report.write.fileno(), lifeline.read.fileno())
+        command = [python, "-I", "-S", "-c", _inside(), *map(str, passed)]
         process = started.start(command, stdin=stdin, passed=passed, room_bytes=_room(request, config=config))
         report.write.close()
         # Whatever is raised here, such as KeyboardInterrupt: nothing may be left behind.
@@ -284,7 +286,7 @@ def _encoded(request: Request, *, config: SandboxConfig) -> bytes:
         math.ceil(config.cpu_s),
         config.memory_bytes,
         max(_PAGE, config.scratch_bytes),
-        config.processes + 1,
+        config.processes + _TASKS_OF_PROCESS_1,
         _DESCRIPTORS,
         _STACK_BYTES,
     )

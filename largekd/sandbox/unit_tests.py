@@ -21,7 +21,7 @@ from largekd.sandbox.programs import (
 
 
 @dataclass(frozen=True)
-class TestsResult:
+class Judgement:
     """`passed`: at least one test ran and none failed. `problems` name those that did; `program`: how it all ended."""
 
     passed: bool
@@ -42,14 +42,15 @@ def run_tests(
     config: SandboxConfig,
     entry_point: str = "",
     files: Mapping[str, str] | None = None,
-) -> TestsResult:
+) -> Judgement:
     """Import a program and run tests against it: assert statements, `check(candidate)` with the name of an entry
     point, test_* functions, unittest cases. Errors as of `run_program`.
 
     Guaranteed in the isolation `namespaces`: the program cannot make a test pass but by the plain values it returns,
     for tests run in a process of their own on values rebuilt from built-in types (see `judge.py`). It sees neither the
-    tests nor what is expected. Printing, exiting and replacing built-ins do nothing for it. With `limits_only` it can
-    signal the judge and read its memory, and nothing is guaranteed.
+    tests nor what is expected. Printing, exiting and replacing built-ins do nothing for it. Names that the tests use
+    but neither define nor import are the program's, so tests import what they compare with (`isclose`). With
+    `limits_only` it can signal the judge and read its memory, and nothing is guaranteed.
     """
     check_isolation(config)
     request = Request(
@@ -63,7 +64,7 @@ def run_tests(
     words = head.split()
     if ended.stopped or len(words) != 2 or words[0] != "judged":
         program = result_of(ended)
-        return TestsResult(passed=False, ran=0, problems=(f"no verdict: {program.status}",), program=program)
+        return Judgement(passed=False, ran=0, problems=(f"no verdict: {program.status}",), program=program)
     found = json.loads(verdict)
     passed = found["ran"] > 0 and not found["problems"]
     problems = tuple(found["problems"]) or (() if passed else ("the tests hold no test",))
@@ -75,12 +76,12 @@ def run_tests(
         wall_s=ended.wall_s,
         cpu_s=max(float(words[1]), ended.cpu_s),
     )
-    return TestsResult(passed=passed, ran=found["ran"], problems=problems, program=program)
+    return Judgement(passed=passed, ran=found["ran"], problems=problems, program=program)
 
 
 def run_output_tests(
     code: str, *, pairs: Sequence[tuple[str, str]], config: SandboxConfig, at_once: int = 1
-) -> TestsResult:
+) -> Judgement:
     """Run a script once per (standard input, expected standard output), which this process compares: line by line,
     white space at the ends of lines and of the text left out. Stops at the first that fails; `program` is the last run.
     """
@@ -92,8 +93,8 @@ def run_output_tests(
         ran += 1
         problem = _difference(result, expected=expected)
         if problem:
-            return TestsResult(passed=False, ran=ran, problems=(f"pair {ran}: {problem}",), program=result)
-    return TestsResult(passed=True, ran=ran, problems=(), program=result)
+            return Judgement(passed=False, ran=ran, problems=(f"pair {ran}: {problem}",), program=result)
+    return Judgement(passed=True, ran=ran, problems=(), program=result)
 
 
 def _difference(result: ProgramResult, *, expected: str) -> str:
