@@ -31,6 +31,8 @@ def _tried(python: str) -> str | None:
         return "bwrap not found: install bubblewrap (apt-get install bubblewrap)"
     try:
         ended = run_process(Request(program=b"", mode="script"), config=SandboxConfig(python=python, wall_s=30.0))
+    except ConfigError as error:
+        return str(error)
     except StartError as error:
         return f"bubblewrap is refused here: {error}"
     return None if ended.report.startswith("exit 0 ") else f"an empty program failed: {ended.stderr[-500:]!r}"

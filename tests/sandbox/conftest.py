@@ -54,6 +54,9 @@ def _namespaces_of_all() -> Iterator[int]:
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                yield (folder / "ns" / "pid").stat().st_ino
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                # A zombie runs nothing; it waits for its parent to take note.
+                if state not in "ZX":
+                    yield (folder / "ns" / "pid").stat().st_ino
             except OSError:
                 continue
