@@ -20,7 +20,7 @@ class SandboxConfig(Frozen):
         (), description="Folders with Python packages that programs may import; they are shown read-only."
     )
     wall_s: float = Field(5.0, gt=0, description="Seconds until the whole process tree is killed.")
-    cpu_s: float = Field(2.0, gt=0, description="CPU seconds of a process, in steps of one.")
+    cpu_s: float = Field(2.0, gt=0, description="CPU seconds of all processes together.")
     memory_bytes: int = Field(
         512_000_000, ge=16_000_000, description="Address space of a process, and memory of all of them together."
     )

@@ -79,7 +79,14 @@ def bubblewrap_command(config: SandboxConfig, *, channels: Channels, room_bytes:
     a read-only tree of libraries, four devices and one interpreter, no /proc, and /tmp of `room_bytes`.
     """
     python = interpreter(config.python)
-    command = ["bwrap", "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    command = [
+        shutil.which("bwrap") or "bwrap",
+        "--unshare-user",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-ipc",
+        "--unshare-uts",
+    ]
     command += ["--unshare-cgroup-try", "--disable-userns", "--cap-drop", "ALL", "--as-pid-1", "--new-session"]
     command += ["--die-with-parent", "--clearenv", "--setenv", "LANG", "C.UTF-8", "--setenv", "HOME", "/tmp"]
     command += ["--hostname", "sandbox"]

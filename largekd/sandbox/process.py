@@ -35,7 +35,7 @@ Stop = Literal["wall", "cpu", "memory", "output"]
 
 
 class StartError(Exception):
-    """Bubblewrap did not come so far as to start anything; its own words."""
+    """Nothing was started; in bubblewrap's own words where it has said why."""
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,20 @@ class _Started:
     def _open(
         self, command: list[str], *, stdin: int, passed: tuple[int, ...], folder: str
     ) -> "subprocess.Popen[bytes]":
-        process = subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=folder,
-            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
-            pass_fds=passed,
-            start_new_session=True,
-            **unprivileged(),  # type: ignore[call-overload]
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=folder,
+                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                pass_fds=passed,
+                start_new_session=True,
+                **unprivileged(),  # type: ignore[call-overload]
+            )
+        except OSError as error:
+            raise StartError(str(error)) from error
         for stream in (process.stdout, process.stderr):
             assert stream is not None
             self.held.enter_context(closing(stream))

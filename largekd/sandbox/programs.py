@@ -64,7 +64,7 @@ def run_program(
 def run_programs(programs: Iterable[Program], *, config: SandboxConfig, at_once: int) -> Iterator[ProgramResult]:
     """The result of every program, in order, `at_once` of them running; reads no further ahead than that."""
     check_isolation(config)
-    yield from in_order(programs, run=lambda program: _run(program, config=config), at_once=at_once)
+    return in_order(programs, run=lambda program: _run(program, config=config), at_once=at_once)
 
 
 Given = TypeVar("Given")
@@ -137,5 +137,5 @@ def checked_files(files: Mapping[str, str] | None) -> dict[str, bytes]:
         parts: Sequence[str] = PurePosixPath(name).parts
         if not parts or name.startswith("/") or ".." in parts or "\0" in name or name == _PROGRAM:
             raise DataError(f"files: {name!r} must be a path below the working folder, and not {_PROGRAM}")
-        found[name] = encoded(text)
+        found[encoded(name).decode()] = encoded(text)
     return found

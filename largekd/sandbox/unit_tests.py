@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from largekd.config.sandbox import SandboxConfig
+from largekd.errors import DataError
 from largekd.sandbox.availability import check_isolation
 from largekd.sandbox.process import Request
 from largekd.sandbox.programs import (
@@ -60,23 +61,36 @@ def run_tests(
         more=(_judge_source(), encoded(entry_point), encoded(tests)),
     )
     ended = started(request, config=config)
-    head, _, verdict = ended.report.partition("\n")
-    words = head.split()
-    if ended.stopped or len(words) != 2 or words[0] != "judged":
+    found = None if ended.stopped else _reported(ended.report)
+    if found is None:
         program = result_of(ended)
         return Judgement(passed=False, ran=0, problems=(f"no verdict: {program.status}",), program=program)
-    found = json.loads(verdict)
-    passed = found["ran"] > 0 and not found["problems"]
-    problems = tuple(found["problems"]) or (() if passed else ("the tests hold no test",))
+    cpu_s, ran, problems = found
+    passed = ran > 0 and not problems
     program = ProgramResult(
         status="ok" if passed else "error",
         exit_code=0 if passed else 1,
         stdout=ended.stdout.decode(errors="replace"),
         stderr=ended.stderr.decode(errors="replace"),
         wall_s=ended.wall_s,
-        cpu_s=max(float(words[1]), ended.cpu_s),
+        cpu_s=max(cpu_s, ended.cpu_s),
     )
-    return Judgement(passed=passed, ran=found["ran"], problems=problems, program=program)
+    if not passed and not problems:
+        problems = ("the tests hold no test",)
+    return Judgement(passed=passed, ran=ran, problems=problems, program=program)
+
+
+def _reported(report: str) -> tuple[float, int, tuple[str, ...]] | None:
+    """CPU seconds, tests that ran, problems. None: no verdict, such as after tests that write where they should not."""
+    head, _, verdict = report.partition("\n")
+    words = head.split()
+    try:
+        if words[0] != "judged":
+            return None
+        found = json.loads(verdict)
+        return float(words[1]), int(found["ran"]), tuple(map(str, found["problems"]))
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
 
 
 def run_output_tests(
@@ -84,9 +98,10 @@ def run_output_tests(
 ) -> Judgement:
     """Run a script once per (standard input, expected standard output), which this process compares: line by line,
     white space at the ends of lines and of the text left out. Stops at the first that fails; `program` is the last run.
+    Errors as of `run_program`; DataError also without any pair.
     """
     if not pairs:
-        raise ValueError("no pairs of input and output")
+        raise DataError("tests: no pairs of input and output, so nothing could fail")
     programs = [Program(code=code, stdin=stdin) for stdin, _ in pairs]
     ran = 0
     for result, (_, expected) in zip(run_programs(programs, config=config, at_once=at_once), pairs, strict=True):

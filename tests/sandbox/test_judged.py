@@ -5,6 +5,7 @@ import textwrap
 import pytest
 
 from largekd.config.sandbox import SandboxConfig
+from largekd.errors import DataError
 from largekd.sandbox import judge
 from largekd.sandbox.unit_tests import Judgement, run_output_tests, run_tests
 
@@ -188,6 +189,16 @@ def test_endless_programs_and_endless_tests() -> None:
 
 
 @pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize("words", ["garbage", "judged 0", "judged x\n{}", "judged 0\n[1]", "judged 0\n{'ran': 1}"])
+def test_tests_that_write_nonsense_give_no_verdict(words: str) -> None:
+    tests = (
+        f"import os\nfor n in range(3, 20):\n    try: os.write(n, b{words!r})\n    except OSError: pass\nassert True"
+    )
+    result = judged(ADD, tests)
+    assert (result.passed, result.ran) == (False, 0)
+
+
+@pytest.mark.usefixtures("unharmed")
 def test_pairs_of_input_and_output() -> None:
     config = SandboxConfig(wall_s=30.0)
     code = "n = int(input())\nprint(n * n)\nprint('end ')"
@@ -197,6 +208,11 @@ def test_pairs_of_input_and_output() -> None:
     assert (wrong.passed, wrong.ran, wrong.problems) == (False, 2, ("pair 2: line 1: '9' instead of '8'",))
     assert run_output_tests(code, pairs=[("2", "4")], config=config).problems == ("pair 1: 2 lines instead of 1",)
     assert run_output_tests(code, pairs=[("x", "4")], config=config).problems == ("pair 1: error",)
+
+
+def test_no_pairs_are_no_tests() -> None:
+    with pytest.raises(DataError, match="no pairs"):
+        run_output_tests("print(1)", pairs=[], config=SandboxConfig(isolation="limits_only"))
 
 
 def test_only_plain_values_are_decoded() -> None:
