@@ -19,7 +19,14 @@ def config() -> SandboxConfig:
 
 
 @pytest.fixture
-def isolated() -> None:
+def system_python() -> None:
+    """Skip where the default interpreter is not installed."""
+    if not Path(SandboxConfig().python).exists():
+        pytest.skip(f"no {SandboxConfig().python}")
+
+
+@pytest.fixture
+def isolated(system_python: None) -> None:
     """Skip where programs cannot be isolated."""
     if reason := isolation_available():
         pytest.skip(reason)

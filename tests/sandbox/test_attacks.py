@@ -293,7 +293,7 @@ def test_writing_outside_of_the_scratch_folder(config: SandboxConfig) -> None:
 
 def test_symlinks_lead_nowhere(config: SandboxConfig, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("42")
-    for target in (str(tmp_path / "secret"), "../../../../etc/shadow", "/proc/1/root/etc/shadow"):
+    for target in (str(tmp_path / "secret"), "../../../../etc/shadow", "/proc/1/cwd/etc/shadow"):
         assert refused(f"os.symlink({target!r}, 'x')\nopen('x').read()", config=config) == "ENOENT"
     assert refused("os.symlink('/usr/lib', 'x')\nopen('x/largekd-probe', 'w')", config=config) == "EROFS"
 
@@ -445,7 +445,7 @@ run_program("1", config=SandboxConfig())
 process._first_pid = noted
 run_program("import time; time.sleep(1000)", config=SandboxConfig(wall_s=600.0))
 """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as host:
         assert host.stdout is not None
         pid, namespace = map(int, host.stdout.readline().split())

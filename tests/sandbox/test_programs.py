@@ -13,7 +13,7 @@ from largekd.sandbox.programs import Program, run_program, run_programs
 
 
 @pytest.fixture(params=["namespaces", "limits_only"])
-def either(request: pytest.FixtureRequest) -> SandboxConfig:
+def either(request: pytest.FixtureRequest, system_python: None) -> SandboxConfig:
     """Both isolations; what a program sees is the same."""
     if request.param == "namespaces" and (reason := availability.isolation_available()):
         pytest.skip(reason)
@@ -91,7 +91,7 @@ def test_packages_can_be_imported_and_not_written(isolated: None, tmp_path: Path
     assert str(tmp_path) not in result.stderr
 
 
-def test_packages_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+def test_packages_that_cannot_be_read_are_refused(system_python: None, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sandbox\.packages"):
         run_program("1", config=SandboxConfig(packages=("relative",)))
     if os.geteuid() == 0:
@@ -106,7 +106,7 @@ def test_results_come_in_order(either: SandboxConfig) -> None:
     assert [result.stdout for result in found] == [f"{number}\n" for number in range(8)]
 
 
-def test_limits_hold_without_namespaces() -> None:
+def test_limits_hold_without_namespaces(system_python: None) -> None:
     config = SandboxConfig(isolation="limits_only", wall_s=20.0, memory_bytes=200_000_000, output_bytes=1000, cpu_s=0.3)
     assert "MemoryError" in run_program("bytearray(10**9)", config=config).stderr
     assert run_program("while True: print(1)", config=config).status == "output_limit"
@@ -115,7 +115,9 @@ def test_limits_hold_without_namespaces() -> None:
     assert run_program("import time\ntime.sleep(1000)", config=quick).status == "timeout"
 
 
-def test_without_namespaces_the_environment_is_still_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_namespaces_the_environment_is_still_cleared(
+    system_python: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LARGEKD_SECRET", "sk-secret")
     result = run_program(
         "import os\nprint('LARGEKD_SECRET' in os.environ)", config=SandboxConfig(isolation="limits_only", wall_s=20.0)
@@ -180,7 +182,7 @@ def test_bubblewraps_own_words_are_passed_on(isolated: None, monkeypatch: pytest
         run_program("1", config=config)
 
 
-def test_interpreters_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interpreters_that_are_refused(system_python: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"sandbox\.python.*no program"):
         run_program("1", config=SandboxConfig(python="/no/python"))
     with pytest.raises(ConfigError, match="does not answer as a Python"):
