@@ -41,9 +41,10 @@ create_environment() {
 }
 
 state() {
-    local headers=absent
+    local headers=absent bwrap=absent
     [ -e /usr/include/libaio.h ] && headers=present
-    { cat setup.cfg constraints.txt tools/build_ops.py; python -V; pwd; echo "libaio $headers"; } \
+    command -v bwrap >/dev/null && bwrap=present
+    { cat setup.cfg constraints.txt tools/build_ops.py; python -V; pwd; echo "libaio $headers, bwrap $bwrap"; } \
         | sha256sum | cut -d' ' -f1
 }
 
@@ -85,6 +86,9 @@ require_build_tools() {
     fi
     if ! has_header libaio.h; then
         install_system libaio-dev || say "going on without libaio: offload to NVMe will be refused"
+    fi
+    if ! command -v bwrap >/dev/null; then
+        install_system bubblewrap || say "going on without bubblewrap: programs that a model wrote will be refused"
     fi
 }
 

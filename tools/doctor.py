@@ -46,6 +46,7 @@ def examine() -> list[Finding]:
     findings += _machine()
     findings += _folders()
     findings += _network()
+    findings += _sandbox()
     return findings
 
 
@@ -179,6 +180,16 @@ def _network() -> Iterator[Finding]:
         )
     else:
         yield Finding("several nodes", "ok", "pdsh and ssh found")
+
+
+def _sandbox() -> Iterator[Finding]:
+    from largekd.sandbox.availability import isolation_available
+
+    if reason := isolation_available():
+        remedy = "apt-get install bubblewrap" if shutil.which("bwrap") is None else "see largekd/sandbox/README.md"
+        yield Finding("sandbox", "note", f"programs that a model wrote will be refused: {reason}", remedy)
+    else:
+        yield Finding("sandbox", "ok", "programs that a model wrote can be isolated (bubblewrap)")
 
 
 def _built(op: str) -> bool:

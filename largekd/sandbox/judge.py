@@ -1,0 +1,374 @@
+"""Tests of a program that must not be able to judge itself. Runs inside of the sandbox, in two processes.
+
+The program lives in one process (`serve`), the tests in another (`judge`), which the program can neither signal nor
+trace nor read nor write. The tests see the program's names as stand-ins; a call travels as text, and what comes back is
+rebuilt from plain built-in types. So a comparison is made by the judge's own interpreter on values that have no code of
+the program in them, and the verdict leaves through a descriptor that the program never had.
+
+Like `inside.py` this is text for an interpreter that knows no package: standard library alone.
+"""
+
+import ast
+import builtins
+import importlib
+import json
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_MOST_BYTES = 1 << 24
+_MOST_WORDS = 500
+_NEED_ARGUMENTS = ("UnicodeDecodeError", "UnicodeEncodeError", "UnicodeTranslateError", "ExceptionGroup")
+_MODULES = ("program", "solution", "main")
+
+
+# ---- messages ------------------------------------------------------------------------------------------------------
+
+
+def send(descriptor: int, message: Any) -> None:
+    """One message: 8 bytes length, JSON."""
+    data = json.dumps(message).encode()
+    view = memoryview(len(data).to_bytes(8, "little") + data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def receive(descriptor: int) -> Any:
+    """The next message. EOFError: the other side has ended. ValueError: what came is no message."""
+    length = int.from_bytes(_exactly(descriptor, count=8), "little")
+    if length > _MOST_BYTES:
+        raise ValueError(f"a value of {length} bytes, more than {_MOST_BYTES}")
+    return json.loads(_exactly(descriptor, count=length))
+
+
+def _exactly(descriptor: int, *, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        part = os.read(descriptor, count - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return bytes(data)
+
+
+def encode(value: Any, *, keep: Callable[[Any], Any]) -> Any:
+    """A value as JSON with its type; `keep` says what stands for a value that is none of the plain ones."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        # Hexadecimal has no limit on digits and takes linear time.
+        return {"int": hex(value)}
+    if isinstance(value, float):
+        return {"float": value.hex()}
+    if isinstance(value, complex):
+        return {"complex": [value.real.hex(), value.imag.hex()]}
+    if isinstance(value, bytes | bytearray):
+        return {"bytes": bytes(value).hex()}
+    if isinstance(value, dict):
+        return {"dict": [[encode(key, keep=keep), encode(one, keep=keep)] for key, one in value.items()]}
+    for kind in (list, tuple, set, frozenset):
+        if isinstance(value, kind):
+            return {kind.__name__: [encode(one, keep=keep) for one in value]}
+    return keep(value)
+
+
+def decode(coded: Any, *, kept: Callable[[Any], Any]) -> Any:
+    """The reverse: nothing but plain built-in values, and what `kept` makes of the others. ValueError: neither."""
+    if coded is None or isinstance(coded, bool | str):
+        return coded
+    if not isinstance(coded, dict) or len(coded) != 1:
+        raise ValueError("no value")
+    ((kind, content),) = coded.items()
+    if kind == "int":
+        return int(content, 16)
+    if kind == "float":
+        return float.fromhex(content)
+    if kind == "complex":
+        return complex(*map(float.fromhex, content))
+    if kind == "bytes":
+        return bytes.fromhex(content)
+    if kind == "dict":
+        return {decode(key, kept=kept): decode(one, kept=kept) for key, one in content}
+    if kind in ("list", "tuple", "set", "frozenset"):
+        return getattr(builtins, kind)(decode(one, kept=kept) for one in content)
+    return kept(coded)
+
+
+# ---- the program's side --------------------------------------------------------------------------------------------
+
+
+def serve(module: types.ModuleType, *, ask: int, answer: int) -> None:
+    """Answer calls until nobody asks. Whatever happens here, it can only choose what is answered."""
+    objects: list[Any] = []
+
+    def keep(value: Any) -> Any:
+        objects.append(value)
+        return {"object": len(objects) - 1}
+
+    def kept(coded: Any) -> Any:
+        return getattr(module, coded["name"]) if "name" in coded else objects[coded["object"]]
+
+    names = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    coded = {}
+    for name, value in names.items():
+        if isinstance(value, types.ModuleType):
+            coded[name] = {"module": value.__name__}
+        else:
+            coded[name] = {"name": name} if callable(value) else encode(value, keep=keep)
+    send(answer, list(coded.items()))
+    while True:
+        try:
+            request = receive(ask)
+        except EOFError:
+            return
+        attempt = _Attempt()
+        with attempt:
+            value = _answered(request, kept=kept)
+            reply = {"value": encode(value, keep=keep)}
+        if attempt.error is not None:
+            kinds = [kind.__name__ for kind in type(attempt.error).__mro__]
+            reply = {"raised": kinds, "words": _words(attempt.error)}
+        send(answer, reply)
+
+
+def _answered(request: dict[str, Any], *, kept: Callable[[Any], Any]) -> Any:
+    target = kept(request["target"])
+    given = [decode(one, kept=kept) for one in request["given"]]
+    named = {name: decode(one, kept=kept) for name, one in request["named"]}
+    what = request["what"]
+    if what == "call":
+        return target(*given, **named)
+    if what == "attribute":
+        return getattr(target, *given)
+    if what == "item":
+        return target[given[0]]
+    if what == "length":
+        return len(target)
+    return list(target)
+
+
+# ---- the judge's side ----------------------------------------------------------------------------------------------
+
+
+class ProgramEnded(BaseException):
+    """The program is gone, or says what is no answer. No `except Exception` of a test takes it for its own."""
+
+
+class _Line:
+    """Questions to the program, one after the other."""
+
+    def __init__(self, *, ask: int, answer: int) -> None:
+        self.ask = ask
+        self.answer = answer
+        self.broken: str | None = None
+
+    def question(self, what: str, target: Any, given: tuple[Any, ...] = (), named: dict[str, Any] | None = None) -> Any:
+        request = {
+            "what": what,
+            "target": target,
+            "given": [encode(one, keep=_reference) for one in given],
+            "named": [[name, encode(one, keep=_reference)] for name, one in (named or {}).items()],
+        }
+        reply = self.exchange(request)
+        if isinstance(reply, dict) and "raised" in reply:
+            raise _exception(reply)
+        try:
+            return decode(reply["value"], kept=self.stand_in)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise self.ended(f"the program's answer is no value: {_words(error)}") from None
+
+    def exchange(self, request: Any) -> Any:
+        """Send (None: nothing) and receive."""
+        try:
+            if request is not None:
+                send(self.ask, request)
+            return receive(self.answer)
+        except (OSError, EOFError):
+            raise self.ended("the program ended before the tests did") from None
+        except (ValueError, RecursionError) as error:
+            raise self.ended(f"the program's answer is no value: {_words(error)}") from None
+
+    def ended(self, reason: str) -> ProgramEnded:
+        self.broken = self.broken or reason
+        return ProgramEnded(self.broken)
+
+    def stand_in(self, coded: Any) -> "StandIn":
+        if not isinstance(coded, dict) or not ("name" in coded or "object" in coded):
+            raise ValueError("no value")
+        return StandIn(self, coded)
+
+
+class StandIn:
+    """A function, class or object of the program. It can be called, indexed, counted and run through, and its public
+    attributes asked for; it has no truth value and equals nothing, or the program could decide a comparison."""
+
+    def __init__(self, line: _Line, target: Any) -> None:
+        self._line = line
+        self._target = target
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return self._line.question("call", self._target, given, named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self._line.question("attribute", self._target, (name,))
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._line.question("item", self._target, (key,))
+
+    def __len__(self) -> int:
+        return int(self._line.question("length", self._target))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._line.question("list", self._target))
+
+    def _refused(self, *_: Any) -> Any:
+        raise TypeError("an object of the program cannot be compared or judged by the program's own code")
+
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __bool__ = __contains__ = _refused
+    __hash__ = object.__hash__
+
+
+def _reference(value: Any) -> Any:
+    if isinstance(value, StandIn):
+        return value._target
+    raise TypeError(f"tests cannot hand a {type(value).__name__} to the program, only plain values")
+
+
+def _exception(reply: dict[str, Any]) -> Exception:
+    """What the program raised, as the nearest built-in exception."""
+    for name in reply["raised"]:
+        kind = getattr(builtins, str(name), None)
+        if isinstance(kind, type) and issubclass(kind, Exception) and name not in _NEED_ARGUMENTS:
+            error = kind()
+            error.args = (f"{reply['raised'][0]}: {reply.get('words', '')}",)
+            return error
+    return RuntimeError("the program ended itself")
+
+
+class _Attempt:
+    """Takes any exception of what is tried within, and holds it; a judge must outlive whatever a test does."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+    def __enter__(self) -> "_Attempt":
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        self.error = error
+        return True
+
+
+class _Tally:
+    """How many tests ran, and what went wrong."""
+
+    def __init__(self) -> None:
+        self.ran = 0
+        self.problems: list[str] = []
+
+    def attempt(self, label: str, run: Callable[[], Any]) -> bool:
+        """Run it; false and a problem if it raised."""
+        attempt = _Attempt()
+        with attempt:
+            run()
+        if attempt.error is not None:
+            self.problems.append(f"{label}: {type(attempt.error).__name__}: {_words(attempt.error)}")
+        return attempt.error is None
+
+
+def judge(tests: str, *, entry_point: str, ask: int, answer: int) -> str:
+    """Run the tests against the program; JSON {"ran": int, "problems": [str, …]}, passed if ran > 0 and no problem.
+
+    Counted are statements with an assert, `check(entry point)`, functions test_* without arguments and the methods of
+    unittest.TestCase classes.
+    """
+    tally, line = _Tally(), _Line(ask=ask, answer=answer)
+    namespace: dict[str, Any] = {"__name__": "tests"}
+    if tally.attempt("program", lambda: _bind(line, namespace=namespace)):
+        before = dict(namespace)
+        if tally.attempt("tests", lambda: _run_statements(tests, namespace=namespace, tally=tally)):
+            defined = {name: value for name, value in namespace.items() if before.get(name) is not value}
+            _run_defined(defined, entry_point=namespace.get(entry_point), tally=tally)
+    if line.broken and line.broken not in str(tally.problems):
+        tally.problems.append(line.broken)
+    sys.stdout.flush()
+    return json.dumps({"ran": tally.ran, "problems": tally.problems[:20]})
+
+
+def _bind(line: _Line, *, namespace: dict[str, Any]) -> None:
+    """The program's names as stand-ins, by themselves and as modules. Built-in names stay the interpreter's own, and a
+    module of the standard library that the program imported is imported here."""
+    for name, coded in line.exchange(None):
+        if not isinstance(name, str) or hasattr(builtins, name) or name.startswith("_"):
+            continue
+        if isinstance(coded, dict) and "module" in coded:
+            if coded["module"] == name and name in sys.stdlib_module_names:
+                namespace[name] = importlib.import_module(name)
+        else:
+            namespace[name] = decode(coded, kept=line.stand_in)
+    for name in _MODULES:
+        module = types.ModuleType(name)
+        vars(module).update({key: value for key, value in namespace.items() if key != "__name__"})
+        sys.modules[name] = module
+
+
+def _run_statements(tests: str, *, namespace: dict[str, Any], tally: _Tally) -> None:
+    """Top-level statements in turn. A failing assertion is counted and the rest still runs; another failure ends it."""
+    for statement in ast.parse(tests).body:
+        code = compile(ast.Module(body=[statement], type_ignores=[]), "<tests>", "exec", dont_inherit=True)
+        run = types.FunctionType(code, namespace)
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            run()
+        elif _calls(statement) or any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
+            tally.ran += 1
+            tally.attempt(f"line {statement.lineno}", run)
+        else:
+            run()
+
+
+def _calls(statement: ast.stmt) -> bool:
+    """Whether it is `check(…)` or `test_…(…)`, a call of what the tests define."""
+    call = statement.value if isinstance(statement, ast.Expr) else None
+    return (
+        isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Name)
+        and (call.func.id == "check" or call.func.id.startswith("test_"))
+    )
+
+
+def _run_defined(defined: dict[str, Any], *, entry_point: Any, tally: _Tally) -> None:
+    """Test functions, test cases and `check` that the tests have defined."""
+    for name, value in defined.items():
+        if isinstance(value, types.FunctionType) and name == "check" and entry_point is not None:
+            tally.ran += 1
+            tally.attempt(name, lambda value=value: value(entry_point))  # type: ignore[misc]
+        elif isinstance(value, types.FunctionType) and name.startswith("test_") and not value.__code__.co_argcount:
+            tally.ran += 1
+            tally.attempt(name, value)
+        elif isinstance(value, type) and "unittest" in sys.modules:
+            _run_case(value, tally=tally)
+
+
+def _run_case(case: type, *, tally: _Tally) -> None:
+    """The methods of a unittest.TestCase; any other class is passed over."""
+    unittest = sys.modules["unittest"]
+    if not issubclass(case, unittest.TestCase):
+        return
+    suite, result = unittest.TestLoader().loadTestsFromTestCase(case), unittest.TestResult()
+    tally.attempt(case.__name__, lambda: suite.run(result))
+    tally.ran += result.testsRun - len(result.skipped)
+    for test, trace in (*result.failures, *result.errors):
+        tally.problems.append(f"{test.id()}: {trace.strip().splitlines()[-1][:_MOST_WORDS]}")
+    tally.problems += [f"{test.id()}: succeeded, not as expected" for test in result.unexpectedSuccesses]
+
+
+def _words(error: BaseException) -> str:
+    """An exception's message; its own code may fail, too."""
+    attempt, words = _Attempt(), ""
+    with attempt:
+        words = str(error)[:_MOST_WORDS]
+    return words
