@@ -13,7 +13,7 @@ class VerifyConfig(Frozen):
 
     kind: Literal["none", "exact", "numeric", "symbolic", "choice", "tests", "majority"] = Field(
         "none",
-        description="symbolic: numbers too. majority: the answer that most samples of the row agree on counts as right.",
+        description="symbolic: numbers too. majority: what most samples of the row agree on counts as right.",
     )
     tolerance: float = Field(1e-6, ge=0, description="Relative difference of numbers that still agree.")
     agree_share: float = Field(0.5, gt=0, le=1, description="Least share of samples behind a majority.")

@@ -78,9 +78,10 @@ def symbolic(gold: str, answer: str, *, tolerance: float, mathematics: Mathemati
     """The same text, number or formula."""
     if exact(gold, answer).same:
         return Agreement(True, f"{gold!r} and {answer!r} as text")
-    found = numeric(gold, answer, tolerance=tolerance)
-    if found.same is not None:
-        return found
+    if "!" not in gold + answer:  # a factorial, where formulas are compared; else an exclamation
+        found = numeric(gold, answer, tolerance=tolerance)
+        if found.same is not None:
+            return found
     compared = mathematics.equal(gold=gold, answer=answer)
     return Agreement(compared.equal, f"{gold!r} and {answer!r} as formulas" + (compared.why and f": {compared.why}"))
 

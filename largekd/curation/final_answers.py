@@ -205,6 +205,10 @@ def cleaned(text: str, piece: Piece) -> Piece:
         while end > start and text[end - 1] in ".,;:。" and not words.endswith("..."):
             end -= 1
         words = text[start:end]
+        if words.count("**") == 1 and len(words) > 2:
+            # The other half was before the mark: "**Answer: 12**".
+            start, end = start + 2 * words.startswith("**"), end - 2 * words.endswith("**")
+            words = text[start:end]
         for left, right in (*((mark, mark) for mark in _EMPHASIS), *_PAIRS):
             size = len(left)
             inner = words[size : len(words) - len(right)]
@@ -221,12 +225,15 @@ def cleaned(text: str, piece: Piece) -> Piece:
         piece = Piece(start, end)
 
 
-def find_answer(text: str, /, *, format: str, cut: bool) -> Found | None:
+def find_answer(text: str, /, *, format: str, cut: bool, alone: bool = True) -> Found | None:
     """The answer by the first finder of `format` that has one, cleaned.
 
     cut: the text was cut off; a last answer that is open is then none, and an earlier one was not the last.
+    alone: the text is all that was written, so that it may be the answer as a whole.
     """
     for finder in FINDERS[format]:
+        if finder is short_reply and not alone:
+            continue
         for found in finder(text):
             if cut and not found.closed:
                 return None

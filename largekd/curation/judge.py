@@ -13,7 +13,8 @@ _WORDS = {
 }
 _WORD = "|".join(sorted(_WORDS, key=len, reverse=True))
 _MARKED = re.compile(
-    rf"(?:verdict|judge?ment|decision|grade|conclusion)[\"'*_ \t]*(?:[:=]|\bis\b)[\"'*_ \t\n]*(?:\\boxed\{{)?({_WORD})\b",
+    rf"(?:verdict|judge?ment|decision|grade|conclusion)[\"'*_ \t]*(?:[:=]|\bis\b)[\"'*_ \t\n]*(?:\\boxed\{{)?"
+    rf"({_WORD})\b",
     re.IGNORECASE,
 )
 _BRACKETED = re.compile(rf"(?:\[\[|\\boxed\{{(?:\\text\{{)?)[ \t]*({_WORD})[ \t]*\}}?(?:\]\]|\}})", re.IGNORECASE)
@@ -21,7 +22,7 @@ _ALONE = re.compile(rf"[\W_]*({_WORD})[\W_]*", re.IGNORECASE)
 
 
 def judge_verdict(text: str, /, *, finish: str = "stop") -> Verdict:
-    """The verdict in a judge's text: the last marked one ("Verdict: correct", [[correct]]), else a last line of one word.
+    """The verdict in a judge's text: the last marked one ("Verdict: correct", [[correct]]), else a last line of a word.
 
     A text that was cut off, names no verdict, or ends its thought without one, is unknown. What the judge thinks aloud
     does not count.

@@ -12,6 +12,8 @@ from largekd.curation.markings import Fence, Piece, Thought, find_fences, find_p
 from largekd.curation.records import Parsed
 from largekd.curation.steps import split_steps
 
+# "So, the final answer is:" above a displayed formula.
+_ANNOUNCES = re.compile(r"\b(?:answer|therefore|thus|hence|result|so)\b[^\n]*:[*_]*$", re.IGNORECASE)
 CUT_OFF = "cut off at the token limit"
 
 
@@ -53,7 +55,7 @@ def _moved(fence: Fence, *, by: int) -> Fence:
 def _answer(text: str, *, start: int, fences: tuple[Fence, ...], format: str, cut: bool) -> Found | None:
     code = tuple(fence for fence in fences if fence.language not in ("json", "text", "latex", "math", "tex"))
     visible = without(text, code)[start:]
-    found = find_answer(visible, format=format, cut=cut)
+    found = find_answer(visible, format=format, cut=cut, alone=not code)
     if found is None:
         return None
     piece = Piece(found.piece.start + start, found.piece.end + start)
@@ -67,8 +69,10 @@ def _reasoning(
     text: str, *, thought: Thought | None, start: int, found: Found | None, program: Fence | None, format: str
 ) -> str | None:
     if thought is not None and thought.inner.start < thought.inner.end:
-        # A thought that was never closed holds its own answer.
-        end = thought.inner.end if found is None or thought.after is not None else found.mark
+        end = thought.inner.end
+        if found is not None and thought.after is None:
+            # A thought that was never closed holds its own answer.
+            end = _start_of_sentence(text, start=thought.inner.start, mark=found.mark)
         return trimmed(text, thought.inner.start, max(end, thought.inner.start)).of(text) or None
     if format == "none" and program is None:
         return None
@@ -82,7 +86,14 @@ def _start_of_sentence(text: str, *, start: int, mark: int) -> int:
     """Where the sentence or line with the answer's mark begins."""
     line = max(start, text.rfind("\n", start, mark) + 1)
     breaks = [match.end() for match in re.finditer(r"[.!?][ \t]+", text[line:mark])]
-    return line + breaks[-1] if breaks else line
+    if breaks:
+        return line + breaks[-1]
+    before = text[start:line].rstrip()
+    for opener in ("\\[", "$$"):
+        before = before.removesuffix(opener).rstrip()
+    last = before.rfind("\n") + 1
+    announces = _ANNOUNCES.search(before, last)
+    return start + (last if announces else len(before))
 
 
 def _steps(reasoning: str | None, *, cut: bool) -> tuple[str, ...]:

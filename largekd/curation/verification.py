@@ -54,8 +54,8 @@ def verify(
     """The verdict on one answer by `config.kind`; of a majority, which one answer cannot have, see `verify_row`.
 
     program_result: how `parsed.program` ended, where `config.programs` had it run. `run`: its output is the answer;
-    `must_agree`: also where text and program both have an answer, they must be the same, else the verdict is wrong. With
-    kind `none` such an agreement is all there is, and counts as right.
+    `must_agree`: where text and program both have an answer, they must also be the same, else the verdict is wrong;
+    with kind `none` such an agreement is all there is, and counts as right.
     """
     means = means or Means()
     if config.kind == "tests":
@@ -112,7 +112,7 @@ def verify_row(
 
 
 def rule_of(config: VerifyConfig, *, item: Item, means: Means) -> Rule:
-    """The equality that `config.kind` asks for; of votes and agreement: choices, then numbers or formulas, then text."""
+    """The equality that `config.kind` asks for; of votes: choices, then numbers or formulas, then text."""
     options = options_of(item.fields)
     match config.kind:
         case "exact":
@@ -166,7 +166,7 @@ def gold_of(item: Item) -> str:
 
 
 def output_answer(stdout: str) -> str | None:
-    """The answer that a program printed: what its last line says, or marks as the answer; None if it printed nothing."""
+    """The answer that a program printed: what its last line says, or marks as the answer; None without output."""
     lines = [line.strip() for line in stdout.splitlines() if line.strip()]
     if not lines:
         return None
