@@ -25,24 +25,25 @@ class Found(NamedTuple):
 Finder = Callable[[str], Iterator[Found]]
 LONGEST = 300
 
-_TAG = re.compile(
-    r"<answer>(.*?)</answer>|<\|begin_of_solution\|>(.*?)<\|end_of_solution\|>", re.DOTALL | re.IGNORECASE
-)
+_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _BOXED = re.compile(r"\\f?box(?:ed)?[ \t]*(?:\{|[ \t]([0-9A-Za-z])(?![0-9A-Za-z]))|\\boxed([0-9])(?![0-9])")
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)$", re.MULTILINE)
 _NUMBER = r"[-+−]?[$€£¥₹]?[ \t]?[-+−]?(?:\d[\d,.٬٫ _]*(?:/\d+)?|[.]\d+)(?:[eE][-+]?\d+)?"
 _PLAIN_NUMBER = re.compile(rf"{_NUMBER}[ \t]*%?(?:[ \t]+[^\W\d_]+){{0,3}}")
 _HEADING_NUMBER = re.compile(r"\d+[.)][ \t]")
 _LINE = re.compile(
-    r"(?P<mark>\b(?:final[ \t]+)?answer[ \t]*(?:\*\*|__)?[ \t]*[:：=][ \t]*(?:\*\*|__)?"
-    r"|\banswer(?:[ \t]+to[ \t]+[^\n.:]{1,80})?[ \t]+(?:is|are|would[ \t]+be|equals)\b[ \t]*[:：]?"
-    r"|^[ \t]*(?:#{1,6}[ \t]*|\*\*|__)[ \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t]*(?:\*\*|__)?[ \t]*$"
+    r"(?P<mark>\b(?:final[ \t]{1,4})?answer[ \t]{0,4}(?:\*\*|__)?[ \t]{0,4}[:：=][ \t]{0,4}(?:\*\*|__)?"
+    r"|\banswer(?:[ \t]{1,4}to[ \t]{1,4}[^\n.:]{1,80})?[ \t]{1,4}(?:is|are|would[ \t]{1,4}be|equals)\b[ \t]{0,4}[:：]?"
+    r"|^[ \t]{0,4}(?:#{1,6}[ \t]{0,4}|\*\*|__)[ \t]{0,4}(?:the[ \t]{1,4})?(?:final[ \t]{1,4})?answer[ \t]{0,4}"
+    r"(?:\*\*|__)?[ \t]{0,4}$"
     r"|(?:Antwort|Réponse(?:[ \t]finale)?|Respuesta(?:[ \t]final)?|Resposta|Risposta|Ответ|答案|答え|答|الإجابة|उत्तर)"
-    r"[ \t]*(?:\*\*)?[ \t]*(?:[:：]|是|为|は|ist\b|est\b|es\b)[ \t]*[:：]?(?:\*\*)?)",
+    r"[ \t]{0,4}(?:\*\*)?[ \t]{0,4}(?:[:：]|是|为|は|ist\b|est\b|es\b)[ \t]{0,4}[:：]?(?:\*\*)?)",
     re.IGNORECASE | re.MULTILINE,
 )
 _NO_ANSWER = re.compile(r"(?:not|no longer|in the|as follows|below|given by|found by|that|let'?s)\b", re.IGNORECASE)
 _SENTENCE_END = re.compile(r"(?<![ \t(.][^\W\d_])(?<!^[^\W\d_])[.!。](?=[ \t]+[^\W\d_a-z]|[ \t]*$)")
+_DECORATION = re.compile(r"[ \t\r\n*_:]*")
+_SPACES = re.compile(r"[ \t]*")
 _CHOICE = re.compile(
     r"^[ \t]*(?:\*\*)?(?:(?:option|choice)[ \t]+)?(\([A-Ja-j]\)|[A-J](?=[.):]|\*\*|[ \t]*$))[^\n]*$", re.MULTILINE
 )
@@ -55,8 +56,13 @@ _ANY_NUMBER = re.compile(rf"(?<![\w.]){_NUMBER}%?")
 
 def tags(text: str) -> Iterator[Found]:
     """`<answer>…</answer>`."""
+    closing: re.Match[str] | None = None
     for match in reversed(list(_TAG.finditer(text))):
-        yield Found(Piece(*match.span(1 if match[1] is not None else 2)), match.start(), True)
+        if match[1]:
+            closing = match
+        elif closing is not None:
+            yield Found(Piece(match.end(), closing.start()), match.start(), True)
+            closing = None
 
 
 def boxed(text: str) -> Iterator[Found]:
@@ -91,10 +97,12 @@ def hashes(text: str) -> Iterator[Found]:
 
 def sure_hashes(text: str) -> Iterator[Found]:
     """As `hashes`, where it cannot be a heading: a number alone, or the last line."""
+    end = len(text.rstrip())
     for found in hashes(text):
         words = found.piece.of(text).strip()
-        last = not text[found.piece.end :].strip()
-        if (last and not words.endswith(":")) or (_PLAIN_NUMBER.fullmatch(words) and not _HEADING_NUMBER.match(words)):
+        last = found.piece.end >= end
+        number = len(words) <= LONGEST and _PLAIN_NUMBER.fullmatch(words) and not _HEADING_NUMBER.match(words)
+        if number or (last and not words.endswith(":")):
             yield found
 
 
@@ -111,13 +119,14 @@ def json_member(text: str) -> Iterator[Found]:
 
 def answer_line(text: str) -> Iterator[Found]:
     """`Answer: 5`, `The answer is 5.`, a heading "Final answer" with the answer below."""
+    said = len(text.rstrip(" \t\r\n.*"))
     for match in reversed(list(_LINE.finditer(text))):
         start = match.end()
         end = _end_of_line(text, start)
         if not text[start:end].strip(" \t*_:"):
-            start = start + len(text[start:]) - len(text[start:].lstrip(" \t\n*_:"))
+            start = _past(_DECORATION, text, start)
             end = _end_of_line(text, start)
-        start += len(text[start:end]) - len(text[start:end].lstrip())
+        start = _past(_SPACES, text, start)
         whole = end < len(text)
         bold = _BOLD.match(text, start, end)
         if bold is not None:
@@ -128,10 +137,15 @@ def answer_line(text: str) -> Iterator[Found]:
             end, whole = start + stop.start(), True
         words = text[start:end]
         # A long "answer" with more below it is the beginning of a solution.
-        if len(words.split()) > 12 and text[end:].strip(" \t\n.*"):
+        if len(words.split()) > 12 and end < said:
             continue
         if words.strip() and not _NO_ANSWER.match(words) and not words.rstrip().endswith(":"):
             yield Found(Piece(start, end), match.start(), whole)
+
+
+def _past(pattern: re.Pattern[str], text: str, start: int) -> int:
+    found = pattern.match(text, start)
+    return found.end() if found else start
 
 
 def _end_of_line(text: str, start: int) -> int:
@@ -237,7 +251,10 @@ def find_answer(text: str, /, *, format: str, cut: bool, alone: bool = True) -> 
         for found in finder(text):
             if cut and not found.closed:
                 return None
-            piece = cleaned(text, found.piece)
-            if not found.broken and piece.start < piece.end <= piece.start + LONGEST:
+            piece = trimmed(text, *found.piece)
+            if found.broken or piece.end - piece.start > 2 * LONGEST:
+                continue
+            piece = cleaned(text, piece)
+            if piece.start < piece.end <= piece.start + LONGEST:
                 return Found(piece, found.mark, found.closed)
     return None

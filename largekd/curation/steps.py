@@ -2,17 +2,20 @@
 
 import re
 
-_WORD = r"(?:step|schritt|étape|paso|passo|шаг|步骤|ステップ)"
 _MARKS = (
     # "Step 2:", "**Step 2 - add**", "## Step 2."
-    re.compile(rf"^[ \t]*(?:#{{1,6}}[ \t]*)?(?:[-*][ \t]+)?(?:\*\*|__)?[ \t]*{_WORD}[ \t]*\d{{1,2}}\b", re.I | re.M),
+    re.compile(
+        r"^[ \t]{0,24}(?:#{1,6}[ \t]{0,9})?(?:[-*][ \t]{1,9})?(?:\*\*|__)?[ \t]{0,9}"
+        r"(?:step|schritt|étape|paso|passo|шаг|步骤|ステップ)[ \t]{0,9}\d{1,2}\b",
+        re.IGNORECASE | re.MULTILINE,
+    ),
     # "2.", "2)", "(2)", "**2.**"
-    re.compile(r"^[ \t]*(?:#{1,6}[ \t]*)?(?:\*\*)?\(?\d{1,2}[.)](?:\*\*)?(?=[ \t]|$)", re.M),
+    re.compile(r"^[ \t]{0,24}(?:#{1,6}[ \t]{0,24})?(?:\*\*)?\(?\d{1,2}[.)](?:\*\*)?(?=[ \t]|$)", re.M),
     # "- ", "* ", "• "
-    re.compile(r"^[ \t]*[-*•+–][ \t]+", re.M),
-    re.compile(r"^[ \t]*#{1,6}[ \t]+", re.M),
+    re.compile(r"^[ \t]{0,24}[-*•+–][ \t]+", re.M),
+    re.compile(r"^[ \t]{0,24}#{1,6}[ \t]+", re.M),
 )
-_CLOSERS = re.compile(r"^(?:[ \t]*(?:\*\*|__|[:.)\-–—])(?=\s|\*\*|$))*[ \t]*")
+_CLOSERS = re.compile(r"^(?:[ \t]{0,24}(?:\*\*|__|[:.)\-–—])(?=\s|\*\*|$))*[ \t]{0,24}")
 
 
 def split_steps(reasoning: str) -> tuple[str, ...]:
@@ -28,7 +31,7 @@ def split_steps(reasoning: str) -> tuple[str, ...]:
             outer = [match for match in found if _indent(match[0]) == least]
             if len(outer) >= 2:
                 return _between(reasoning, outer)
-    return tuple(part.strip() for part in re.split(r"\n[ \t]*\n", reasoning) if part.strip())
+    return tuple(part.strip() for part in re.split(r"\n[ \t]{0,24}\n", reasoning) if part.strip())
 
 
 def _indent(mark: str) -> int:

@@ -127,18 +127,17 @@ def test_spans_of_a_message_made_of_parts() -> None:
 
 
 def test_long_and_hostile_texts_take_linear_time() -> None:
-    for piece in (
-        "\\boxed{",
-        "<think>",
-        "**",
-        "```python\n",
-        '"answer": "',
-        "1. ",
-        "answer is ",
-        "{",
-        "$",
-        "####",
-        " ",
-    ):
+    marks = ["\\boxed{", "<think>", "**", "```python\n", '"answer": "', "1. ", "answer is ", "{", "$", "####", " "]
+    for piece in (*marks, "<answer>", "Answer:\n\n", "Answer: not " + "word " * 13 + "\n", "\\(", "' "):
         found = parsed(piece * 20_000, finish="length")
+        assert found.problem is not None
         assert found.problem.startswith((CUT_OFF, "nothing"))
+    spaces = " " * 100_000
+    for text in (
+        "Answer" + spaces,
+        "1" + spaces + "!",
+        "#### 1" + spaces + "!",
+        spaces + "x y z " * 100,
+        "answer is" + spaces,
+    ):
+        assert (parsed(text).answer or "Answer") == "Answer"

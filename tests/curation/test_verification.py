@@ -25,7 +25,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Tested:
+class Outcome:
     """What tests said."""
 
     passed: bool
@@ -80,9 +80,9 @@ def test_a_solution_as_the_right_answer() -> None:
 def test_unit_tests() -> None:
     asked = []
 
-    def run(code: str, tests: str) -> Tested:
+    def run(code: str, tests: str) -> Outcome:
         asked.append((code, tests))
-        return Tested("good" in code, () if "good" in code else ("assert f(1) == 2 failed",))
+        return Outcome("good" in code, () if "good" in code else ("assert f(1) == 2 failed",))
 
     config, means = VerifyConfig(kind="tests"), Means(run_tests=run)
     with_tests = item(None, tests="assert f(1) == 2")
