@@ -140,4 +140,4 @@ def test_long_and_hostile_texts_take_linear_time() -> None:
         spaces + "x y z " * 100,
         "answer is" + spaces,
     ):
-        assert (parsed(text).answer or "Answer") == "Answer"
+        assert parsed(text).answer in (None, text.strip())

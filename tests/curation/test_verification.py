@@ -8,10 +8,10 @@ import pytest
 
 from largekd.config.curation import CurationConfig, VerifyConfig
 from largekd.curation.equality import exact
-from largekd.curation.examiner import RowExaminer
 from largekd.curation.judge import judge_verdict
 from largekd.curation.mathematics import Mathematics
-from largekd.curation.records import Item, Parsed, Written
+from largekd.curation.parsing import parse
+from largekd.curation.records import Item, Parsed
 from largekd.curation.verification import Means, gold_of, output_answer, verify, verify_row
 from largekd.curation.votes import vote
 
@@ -186,40 +186,25 @@ def test_a_judge_that_was_cut_off_has_said_nothing() -> None:
     assert judge_verdict("Verdict: correct", finish="length").outcome == "unknown"
 
 
-def written(text: str, *, finish: Any = "stop") -> Written:
-    return Written(key="k", text=text, finish=finish, prompt_tokens=1, written_tokens=1)
-
-
-def test_rows_are_examined() -> None:
-    ran = []
-
-    def run(codes: Sequence[str]) -> list[Ended]:
-        ran.append(list(codes))
-        return [Ended(stdout=code.split("(")[1].rstrip(")")) for code in codes]
-
-    verify_config = VerifyConfig(kind="symbolic", programs="run")
+def test_texts_of_a_row_are_parsed_and_verified(mathematics: Mathematics) -> None:
     texts = [
         "#### 18",
         "```python\nprint(18)\n```",
         "```python\nprint(7)\n```",
         "Answer: 36/2",
-        "I do not know that yet, sorry.",
+        "I do not know, sorry to say.",
     ]
-    with RowExaminer(CurationConfig(verify=verify_config), run_programs=run) as examiner:
-        found = examiner.examine(item(), [*map(written, texts), written("", finish="failed")])
-        assert [one.outcome for _, one in found] == ["right", "right", "wrong", "right", "unknown", "unknown"]
-        assert [one.problem for one, _ in found][-2:] == [
-            "no final answer (answer_format: auto)",
-            "nothing was written",
-        ]
-        assert ran == [["print(18)", "print(7)"]]
-        formulas = examiner.examine(item("x^2-1"), [written(r"\boxed{(x-1)(x+1)}"), written(r"\boxed{x^2+1}")])
-        assert [one.outcome for _, one in formulas] == ["right", "wrong"]
+    parsed = [parse(text, finish="stop", config=CurationConfig()) for text in texts]
+    ended = [None, Ended(stdout="18\n"), Ended(stdout="7\n"), None, None]
+    config, means = VerifyConfig(kind="symbolic", programs="run"), Means(mathematics=mathematics)
+    found = verify_row(parsed, item(), config=config, program_results=ended, means=means)
+    assert [one.outcome for one in found] == ["right", "right", "wrong", "right", "unknown"]
+    assert found[-1].detail == "no final answer (answer_format: auto)"
 
 
-def test_rows_vote() -> None:
-    config = CurationConfig(verify=VerifyConfig(kind="majority"))
-    with RowExaminer(config) as examiner:
-        texts = (r"\boxed{\frac{1}{2}}", "Answer: 0.5", "The answer is sqrt(1/4).", "#### 2")
-        found = examiner.examine(item(None), [written(text) for text in texts])
-    assert [one.outcome for _, one in found] == ["right", "right", "right", "wrong"]
+def test_votes_compare_formulas(mathematics: Mathematics) -> None:
+    texts = (r"\boxed{\frac{1}{2}}", "Answer: 0.5", "The answer is sqrt(1/4).", "#### 2")
+    parsed = [parse(text, finish="stop", config=CurationConfig()) for text in texts]
+    config, means = VerifyConfig(kind="majority"), Means(mathematics=mathematics)
+    found = verify_row(parsed, item(None), config=config, means=means)
+    assert [one.outcome for one in found] == ["right", "right", "right", "wrong"]
