@@ -54,13 +54,13 @@ class Comparison(NamedTuple):
 
 def latex_of(text: str) -> str:
     """`text` with the usual plain notation (`sqrt(2)`, `x**2`, `pi`, `<=`) as LaTeX, without delimiters around it."""
-    text = re.sub(r"^\s*(?:\$+|\\\[|\\\()|(?:\$+|\\\]|\\\))\s*$", "", text.strip())
+    text = re.sub(r"\\?\$|(?<!\\)\\[()\[\]]", "", text).strip()
     # Sets are written with plain braces in plain text.
     if text.startswith("{") and text.endswith("}") and "\\" not in text:
         text = rf"\{{{text[1:-1]}\}}"
     for pattern, written in _PLAIN:
         text = pattern.sub(written, text)
-    return text.replace("$", "")
+    return text
 
 
 class Mathematics:

@@ -72,7 +72,8 @@ def test_formulas(mathematics: Mathematics, gold: str, answer: str, same: bool) 
 
 
 def test_plain_notation_becomes_latex() -> None:
-    assert latex_of("$x^2$") == "x^2"
+    assert latex_of("$x^2$") == latex_of(r"\( x^2 \)") == latex_of(r"\[x^2\]") == "x^2"
+    assert latex_of(r"\$40") == "40"
     assert latex_of("sqrt(2)") == r"\sqrt{2}"
     assert latex_of("{1,2}") == r"\{1,2\}"
     assert latex_of(r"\sin x").strip() == r"\sin x"
