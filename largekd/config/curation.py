@@ -12,12 +12,16 @@ class VerifyConfig(Frozen):
     """How an answer is compared with the right one."""
 
     kind: Literal["none", "exact", "numeric", "symbolic", "choice", "tests", "majority"] = Field(
-        "none", description="majority: the answer that most samples of the row agree on counts as right."
+        "none",
+        description="symbolic: numbers too. majority: what most samples of the row agree on counts as right.",
     )
     tolerance: float = Field(1e-6, ge=0, description="Relative difference of numbers that still agree.")
     agree_share: float = Field(0.5, gt=0, le=1, description="Least share of samples behind a majority.")
     programs: Literal["ignore", "run", "must_agree"] = Field(
         "ignore", description="run: a program's output is its answer. must_agree: and must equal the reasoning's."
+    )
+    formula_cpu_s: float = Field(
+        3.0, ge=0.1, description="CPU seconds for comparing two formulas; what takes longer is unknown."
     )
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
 
@@ -119,7 +123,7 @@ class CurationConfig(Frozen):
     """Cheap, and repeatable with other settings on answers that were paid for once."""
 
     answer_format: Literal["auto", "boxed", "hashes", "answer_line", "last_number", "choice", "none"] = Field(
-        "auto", description="Where the final answer stands; auto tries them in turn, but not last_number."
+        "auto", description="Where the final answer stands; auto tries several marks in turn, but not last_number."
     )
     verify: VerifyConfig = Field(default_factory=VerifyConfig)
     filters: tuple[FilterConfig, ...] = Field((), description="Applied in order; all scores of a row are kept.")

@@ -34,6 +34,16 @@ class SourceConfig(Frozen):
     span_weights: tuple[SpanWeightConfig, ...] = Field(
         (), description="Weights of parts of assistant answers; a later entry wins over an earlier one."
     )
+    named_span_weights: dict[str, float] = Field(
+        default_factory=dict,
+        description="Weights, at least 0, of named parts of a conversation's last answer, such as reasoning and "
+        "answer; a later name wins over an earlier one and over span_weights.",
+    )
+    spans_field: str = Field(
+        "spans",
+        description="Column with these parts, a list of {name, start, end} in characters of the last assistant "
+        "message's content; read only for named_span_weights.",
+    )
     skip_samples: int = Field(0, ge=0, description="Leave out this many records at the beginning.")
     max_samples: int | None = Field(None, ge=1, description="Read no more than this many records.")
     max_bad_frac: float = Field(
@@ -44,6 +54,14 @@ class SourceConfig(Frozen):
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("named_span_weights")
+    @classmethod
+    def _not_negative(cls, value: dict[str, float]) -> dict[str, float]:
+        for name, weight in value.items():
+            if not name or not 0 <= weight < float("inf"):
+                raise ValueError(f"{name!r} has weight {weight}: names need text, weights a number of at least 0")
+        return value
 
     @field_validator("span_weights", mode="before")
     @classmethod

@@ -30,6 +30,8 @@ def check_mixture(config: RunConfig) -> Iterator[str]:
     if isinstance(teacher.weighting, RoutedWeightsConfig):
         for key, source in (("data.train", data.train), ("data.eval", data.eval)):
             taken = () if source is None else (source.text_field, source.messages_field, source.weight_field)
+            if source is not None and source.named_span_weights:
+                taken = (*taken, source.spans_field)
             if teacher.weighting.field in taken:
                 yield (
                     f"teacher.weighting.field = {teacher.weighting.field!r}: {key} reads something else in that "

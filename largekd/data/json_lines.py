@@ -35,12 +35,14 @@ def stream_records(
     skip_samples: int = 0,
     weight_field: str | None = None,
     teacher_field: str | None = None,
+    spans_field: str | None = None,
 ) -> Iterator[dict[str, str | float | None]]:
     """Rows of the columns `text`, `messages` (as JSON), `origin` and `problem`, at most `max_samples` of them
     after the first `skip_samples`.
 
     With `weight_field` also `weight`; one that is no number is the record's problem, a missing one is None. With
-    `teacher_field` also `teacher`, a name in the same way.
+    `teacher_field` also `teacher`, a name in the same way. With `spans_field` also `spans`, as JSON; None where it is
+    missing.
     """
     stop = None if max_samples is None else skip_samples + max_samples
     for raw in islice(stream_raw(files=files, text_field=text_field), skip_samples, stop):
@@ -54,6 +56,9 @@ def stream_records(
         if teacher_field is not None:
             extra["teacher"], wrong = _name(raw.value, field=teacher_field)
             problem = problem or wrong
+        if spans_field is not None:
+            spans = raw.value.get(spans_field) if isinstance(raw.value, dict) else None
+            extra["spans"] = spans if spans is None or isinstance(spans, str) else json.dumps(spans)
         yield {"text": text, "messages": messages, "origin": raw.origin, "problem": problem, **extra}
 
 

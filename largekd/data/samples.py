@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from largekd.config.data import SourceConfig
+from largekd.data.named_parts import NamedPart
 from largekd.data.quarantine import BadRecord, Quarantine, UnusableRecordError
 from largekd.data.sources import Records, read_records
 from largekd.data.spans import Alignment
@@ -104,7 +105,9 @@ def load_samples(
     translator = None
     if teacher_tokenizer is not None:
         translator = Translator(student=tokenizer, teacher=teacher_tokenizer, teacher_vocab_size=teacher_vocab_size)
-    weights = TokenWeights(tokenizer, entries=source.span_weights, key=key) if source.span_weights else None
+    weights = None
+    if source.span_weights or source.named_span_weights:
+        weights = TokenWeights(tokenizer, entries=source.span_weights, named=source.named_span_weights, key=key)
     with first():
         records = read_records(source, key=key, teacher_field=None if routing is None else routing.field)
         tokenize = _Tokenize(
@@ -232,7 +235,8 @@ class _Tokenize:
     ) -> Iterator[dict[str, Any]]:
         messages = batch["messages"][place] if "messages" in batch else None
         if messages is not None:
-            yield self._conversation(messages)
+            spans = batch["spans"][place] if "spans" in batch else None
+            yield self._conversation(messages, spans=spans)
         elif document is None:
             text = batch["text"][place] if "text" in batch else None
             raise UnusableRecordError("has empty text" if isinstance(text, str) else "has no text")
@@ -252,7 +256,7 @@ class _Tokenize:
             stop = min(start + self.sequence_length + 1, len(ids))
             yield {"ids": ids[start:stop], **_translated(aligned, start=start, stop=stop)}
 
-    def _conversation(self, messages: Any) -> dict[str, Any]:
+    def _conversation(self, messages: Any, *, spans: Any = None) -> dict[str, Any]:
         if self.chat is None:
             raise UnusableRecordError(self.no_template)
         if isinstance(messages, str):
@@ -268,9 +272,11 @@ class _Tokenize:
         if not learnt[1:].any():
             cut = f": the first answer starts beyond sequence_length = {self.sequence_length}" if mask.any() else ""
             raise UnusableRecordError(f"has no assistant token to learn{cut}")
-        return {"ids": kept, "label_mask": learnt, "truncated": len(ids) > limit, **self._extras(talk, stop=len(kept))}
+        named = () if self.token_weights is None else self.token_weights.named_parts(spans, messages=messages)
+        extras = self._extras(talk, stop=len(kept), named=named)
+        return {"ids": kept, "label_mask": learnt, "truncated": len(ids) > limit, **extras}
 
-    def _extras(self, talk: Conversation, *, stop: int) -> dict[str, Any]:
+    def _extras(self, talk: Conversation, *, stop: int, named: Sequence[NamedPart] = ()) -> dict[str, Any]:
         """The optional columns of a conversation's first `stop` tokens."""
         extras: dict[str, Any] = {}
         if self.translator is not None:
@@ -279,7 +285,7 @@ class _Tokenize:
             self.translator.check_vocabulary(aligned)
             extras |= _translated(aligned, start=0, stop=stop)
         if self.token_weights is not None:
-            extras["token_weights"] = self.token_weights.of(talk)[:stop]
+            extras["token_weights"] = self.token_weights.of(talk, named=named)[:stop]
         return extras
 
     def _check_vocabulary(self, ids: NDArray[np.int32]) -> None:
@@ -300,7 +306,7 @@ class _Tokenize:
         settings = (
             *(TOKENIZATION_VERSION, chat, self.sequence_length, self.vocab_size, self.no_template, self.weight_field),
             self.translator and self.translator.fingerprint,
-            self.token_weights and self.token_weights.entries,
+            self.token_weights and self.token_weights.settings,
             *((self.routing,) if self.routing else ()),
         )
         return hashlib.sha256(f"{settings!r} {tokenizer_fingerprint(self.tokenizer)}".encode()).hexdigest()

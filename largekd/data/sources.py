@@ -128,6 +128,11 @@ def _load_lines(source: SourceConfig, *, files: tuple[Path, ...], key: str, teac
             columns["teacher"] = column
             settings = (*settings, "teacher", teacher_field)
             routed["teacher_field"] = teacher_field
+        if source.named_span_weights:
+            _check_spans(probed, source=source, key=key)
+            columns["spans"] = column
+            settings = (*settings, "spans", source.spans_field)
+            routed["spans_field"] = source.spans_field
         # A generator that gives nothing is an error of the library's that names no file.
         if next(islice(stream_raw(files=names, text_field=source.text_field), source.skip_samples, None), None) is None:
             raise _empty(source, key=key)
@@ -205,12 +210,24 @@ def _two_columns(dataset: Dataset, *, source: SourceConfig, key: str, teacher_fi
         if getattr(found, "dtype", None) not in ("string", "large_string"):
             raise DataError(f"{key}: column {teacher_field!r} of {source.path} holds {found}, expected names.")
         names[teacher_field] = "teacher"
+    if source.named_span_weights:
+        _check_spans([dict.fromkeys(features, "")], source=source, key=key)
+        names[source.spans_field] = "spans"
     dataset = dataset.select_columns([name for name in names if name in features])
     dataset = dataset.rename_columns({old: new for old, new in names.items() if old in features and old != new})
     first = source.skip_samples
     if first >= len(dataset):
         raise _empty(source, key=key)
     return dataset.select(range(first, min(first + (source.max_samples or len(dataset)), len(dataset))))
+
+
+def _check_spans(values: Iterable[Any], *, source: SourceConfig, key: str) -> None:
+    """Refuses a source where none of the first records has the column that named weights are about."""
+    if not any(isinstance(value, dict) and source.spans_field in value for value in values):
+        raise DataError(
+            f"{key}.named_span_weights: {source.path} has no column {source.spans_field!r} ({key}.spans_field), which "
+            "says where the named parts stand."
+        )
 
 
 def _check_columns(values: Iterable[Any], *, source: SourceConfig, key: str) -> None:

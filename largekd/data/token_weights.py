@@ -1,12 +1,14 @@
-"""Weights of parts of answers: reasoning between markers, the final answer after one."""
+"""Weights of parts of answers: reasoning between markers, the final answer after one; parts that a record names."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from largekd.config.data import SpanWeightConfig
+from largekd.data.named_parts import NamedPart, locate_named_parts, read_named_parts
 from largekd.data.spans import Tokens, character_starts, token_ends
 from largekd.data.templates import Conversation, Span
 from largekd.data.token_bytes import Surface
@@ -16,17 +18,40 @@ class TokenWeights:
     """Per-token weights of conversations; a token takes the weight of its first character."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, entries: Sequence[SpanWeightConfig], key: str = "data.train"
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        entries: Sequence[SpanWeightConfig],
+        named: Mapping[str, float] | None = None,
+        key: str = "data.train",
     ) -> None:
         """Raises DataError for a slow tokenizer, which does not tell where its tokens stand."""
-        self._surface = Surface(tokenizer, key=f"{key}.span_weights")
+        self._surface = Surface(tokenizer, key=f"{key}.span_weights" if entries else f"{key}.named_span_weights")
         self.entries = tuple(entries)
+        self.named = dict(named or {})
 
-    def of(self, talk: Conversation) -> NDArray[np.float32]:
-        """(tokens,) weights: 1 but where an entry says otherwise; of two that say so, the later."""
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """Everything that decides the weights."""
+        return (self.entries, tuple(self.named.items())) if self.named else self.entries
+
+    def named_parts(self, spans: Any, *, messages: Any) -> tuple[NamedPart, ...]:
+        """The parts in a record's column of spans, as `read_named_parts`; none where no weight has a name."""
+        return read_named_parts(spans, messages=messages) if self.named else ()
+
+    def of(self, talk: Conversation, *, named: Sequence[NamedPart] = ()) -> NDArray[np.float32]:
+        """(tokens,) weights: 1 but where an entry says otherwise; of two that say so, the later; then `named` parts.
+
+        Raises:
+            UnusableRecordError: the chat template changed the text that the named parts are of.
+        """
         assert talk.offsets is not None
         answers = [self._without_end_of_turn(talk.text, answer) for answer in talk.answers]
         weights = character_weights(talk.text, answers=answers, entries=self.entries)
+        places = locate_named_parts(named, text=talk.text, end=answers[-1].end if answers else len(talk.text))
+        for name, weight in self.named.items():
+            for place in (place for part, place in zip(named, places, strict=True) if part.name == name):
+                weights[place.start : place.end] = weight
         data = talk.text.encode()
         starts_character = character_starts(data)
         tokens = Tokens(surface=self._surface, ids=talk.ids, offsets=talk.offsets)

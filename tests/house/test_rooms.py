@@ -30,6 +30,7 @@ TORCH_FREE_ROOMS = {"errors", "config", "planner"}
 COMES_WITH = {
     "google": "tensorboard",
     "huggingface_hub": "transformers",
+    "math_verify": "math-verify",
     "packaging": "transformers",
     "pyarrow": "datasets",
     "pydantic_core": "pydantic",
@@ -38,8 +39,8 @@ COMES_WITH = {
 }
 
 
-# Files that a run imports only where its configuration asks for what an extra brings.
-EXTRAS = {"teachers/server.py": "serve", "models/lora.py": "lora"}
+# What may use an extra: files and rooms that a run imports only where its configuration asks for what the extra brings.
+EXTRAS = {"teachers/server.py": "serve", "models/lora.py": "lora", "curation": "factory", "factory": "factory"}
 
 
 def _modules() -> list[Path]:
@@ -155,7 +156,7 @@ def test_imports_are_declared_dependencies() -> None:
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top == "largekd":
                 continue
-            extra = EXTRAS.get(path.relative_to(PACKAGE).as_posix())
+            extra = EXTRAS.get(path.relative_to(PACKAGE).as_posix()) or EXTRAS.get(_room(path))
             optional = set() if extra is None else _required(declared["options.extras_require"][extra])
             if COMES_WITH.get(top, top) not in always | optional:
                 wrong.add(f"{at(path, line)}: {top}")

@@ -1,0 +1,154 @@
+"""When two answers are the same."""
+
+import runpy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from largekd.curation.equality import choice, exact, folded, letter_of, numeric, options_of, symbolic
+from largekd.curation.mathematics import WORKER, Mathematics, latex_of
+from largekd.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def mathematics() -> Iterator[Mathematics]:
+    with Mathematics(cpu_s=3.0) as found:
+        yield found
+
+
+def test_text() -> None:
+    assert folded("  The  Answer. ") == "answer"
+    assert exact("East", r"\text{ east }").same
+    assert exact("it's", "It’s!").same
+    assert not exact("east", "west").same
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "same"),
+    [
+        ("18", "$18.00", True), ("18", "18 dollars", True), ("18", "19", False), ("-5", "5", False), ("-5", "−5", True),
+        ("0.5", "1/2", True), ("1/2", "2/1", False), ("0.5", "50", False), ("50", "0.5", False), ("0.5", "50%", True),
+        ("50%", "0.5", True), ("50%", "50", True), ("50", "50%", True), ("50%", "5%", False), ("0.5", "0.5%", False),
+        ("1000", "1,000", True), ("1000", "1,001", False), ("1.5", r"1\frac{1}{2}", True), ("3e5", "300,000", True),
+        ("5 km", "5000 m", True), ("5 km", "5", True), ("5 km", "5 m", False), ("5 km", "5 kg", False),
+        ("5", "5 km", True),
+        ("2 hours", "120 minutes", True), ("90 km/h", "25 m/s", True), ("12 m^2", "12 square meters", True),
+        ("12 m^2", "12 m", False), ("0.333333", "1/3", False), ("0.3333333", "1/3", True), ("0", "0.0000001", True),
+        ("0", "0.1", False), ("5", "five or six", None), ("5", "5 or 6", None), ("5", "x+5", None), ("five", "5", None),
+    ],
+)  # fmt: skip
+def test_numbers_with_units_and_percent(gold: str, answer: str, same: bool | None) -> None:
+    assert numeric(gold, answer, tolerance=1e-6).same is same
+
+
+def test_tolerance_is_relative() -> None:
+    assert numeric("1000000", "1000100", tolerance=1e-3).same
+    assert not numeric("1", "1.01", tolerance=1e-3).same
+    assert numeric("1/3", "1/3", tolerance=0.0).same
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "same"),
+    [
+        (r"\frac{1}{2}", "1/2", True), (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}", True),
+        ("sqrt(2)/2", r"\sqrt{2}/2", True),
+        ("x^2+2x+1", "(x+1)**2", True), ("x^2+2x+1", "(x-1)^2", False), (r"\frac{x^2-1}{x-1}", "x+1", True),
+        ("-x", "x", False), ("2x", "x^2", False), ("(1,2)", "(1, 2)", True), ("(1,2)", "(2,1)", False),
+        ("[1,2)", "[1,2]", False), ("[1,2)", r"\left[1,2\right)", True), (r"\{1,2,3\}", "{3,2,1}", True),
+        (r"\{1,2\}", "{1,2,3}", False), ("1,2,3", "3,2,1", True), (r"(-\infty,3]", "(-inf, 3]", True),
+        (r"(-\infty,3]\cup[5,\infty)", "(-∞,3]∪[5,∞)", True), ("x=5", "5", True), ("5", "x = 5", True),
+        ("x > 3", "3 < x", True),
+        ("x > 3", "x < 3", False), (r"2\pi", "2π", True), (r"2\pi", "2*pi", True), (r"2\pi", "6.28", False),
+        ("3+4i", "4i+3", True), ("3+4i", "3-4i", False), (r"\text{east}", "East", True),
+        (r"\text{east}", "west", False),
+        ("50\\%", "0.5", True), (r"90^\circ", "90", True), (r"\log_2 8", "3", True), ("5!", "120", True),
+        ("2^{-1}", "0.5", True),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True),
+        (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\4&3\end{pmatrix}", False),
+    ],
+)  # fmt: skip
+def test_formulas(mathematics: Mathematics, gold: str, answer: str, same: bool) -> None:
+    assert symbolic(gold, answer, tolerance=1e-6, mathematics=mathematics).same is same
+
+
+def test_plain_notation_becomes_latex() -> None:
+    assert latex_of("$x^2$") == latex_of(r"\( x^2 \)") == latex_of(r"\[x^2\]") == "x^2"
+    assert latex_of(r"\$40") == "40"
+    assert latex_of("sqrt(2)") == r"\sqrt{2}"
+    assert latex_of("{1,2}") == r"\{1,2\}"
+    assert latex_of(r"\sin x").strip() == r"\sin x"
+
+
+def test_hostile_formulas_end() -> None:
+    with Mathematics(cpu_s=0.5) as mathematics:
+        for hostile in (r"9^{9^{9^{9}}}", r"\sum_{n=1}^{100000000} \frac{1}{n}", "(10^8)!"):
+            found = mathematics.equal(gold="1", answer=hostile)
+            assert found.equal is not True, hostile
+        assert found.why == "not decided within 0.5 CPU seconds"
+        assert mathematics.equal(gold=r"\frac{2}{4}", answer="0.5").equal is True, "the next one is answered"
+
+
+def test_the_worker_refuses_to_evaluate() -> None:
+    worker = runpy.run_path(str(WORKER))
+    assert worker["read_number"]("12") == 12
+    assert float(worker["read_number"]("-1.5e2")) == -150
+    for text in ("__import__('os')", "x", "1+1", "9**9", "1e9999", ""):
+        with pytest.raises(ValueError, match="is no number"):
+            worker["read_number"](text)
+    forbid = worker["forbid"]
+    refused = [
+        ("os.system", ("ls",)),
+        ("subprocess.Popen", ("ls", [], None, None)),
+        ("socket.connect", (None, None)),
+        ("open", ("f", "w", 0)),
+        ("compile", (b"__import__('os')", "<string>")),
+        ("compile", ("def monomial_mul(a): __import__", "<string>")),
+    ]
+    for event, arguments in refused:
+        with pytest.raises(PermissionError):
+            forbid(event, arguments)
+    for event, arguments in (("open", ("f", "r", 0)), ("compile", ("def monomial_mul(A, B): return A", "<string>"))):
+        forbid(event, arguments)
+
+
+def test_nothing_is_evaluated(mathematics: Mathematics, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    for code in (f"__import__('os').system('touch {trace}')", f"open('{trace}','w')", f"exec(open('{trace}','w'))"):
+        for text in (
+            code,
+            f"$x$ {code}",
+            rf"\text{{{code}}}",
+            rf"\operatorname{{{code}}}",
+            f"1+{code}",
+            f"[{code}, 1]",
+        ):
+            assert mathematics.equal(gold="1", answer=text).equal is not True
+    assert not trace.exists()
+    assert mathematics.equal(gold="1", answer="x" * 501).equal is None
+    assert mathematics.equal(gold="1", answer="\\frac{").equal is None
+    assert mathematics.equal(gold="1", answer="\ud800\n[").equal is not True
+
+
+def test_a_process_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise SystemExit(1)", encoding="utf-8")
+    monkeypatch.setattr("largekd.curation.mathematics.WORKER", broken)
+    with Mathematics() as mathematics, pytest.raises(DataError, match="math-verify"):
+        mathematics.equal(gold="x", answer="y")
+
+
+def test_choices() -> None:
+    options = ("Paris", "Rome", "a dog")
+    assert [
+        letter_of(text, options=options) for text in ("B", "(b)", "B. Rome", "rome", "option B", "**B**", "a dog")
+    ] == [*("B", "B", "B", "B", "B", "B", "C")]
+    assert [letter_of(text, options=options) for text in ("a cat", "Berlin", "E", "")] == [None] * 4
+    assert choice("B", "(B) Rome", options=options).same is True
+    assert choice("Rome", "B", options=options).same is True
+    assert choice("1", "B", options=options).same is True, "a place from 0"
+    assert choice("A", "B", options=options).same is False
+    assert choice("B", "none of these", options=options).same is None
+    assert options_of({"choices": {"text": ["x", "y"], "label": ["A", "B"]}}) == ("x", "y")
+    assert options_of({"options": {"B": "y", "A": "x"}}) == ("x", "y")
+    assert options_of({"options": "abc"}) == ()
