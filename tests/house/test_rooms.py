@@ -40,6 +40,8 @@ COMES_WITH = {
 
 # What only launch/serve_teacher.py imports may use the extra `serve`.
 SERVING = {"teachers/server.py"}
+# And only these may use the extra `factory`.
+FACTORY_ROOMS = {"curation", "factory"}
 
 
 def _modules() -> list[Path]:
@@ -150,18 +152,22 @@ def test_imports_are_declared_dependencies() -> None:
     declared.read(ROOT / "setup.cfg")
     lines = declared["options"]["install_requires"].split("\n")
     names = {line.split()[0] for line in lines if line.strip()}
-    extras = {
-        line.split()[0]
-        for line in declared["options.extras_require"]["serve"].split("\n")
-        if line.strip() and not line.startswith("#")
-    }
+    serve, factory = (
+        {
+            line.split()[0]
+            for line in declared["options.extras_require"][extra].split("\n")
+            if line.strip() and not line.startswith("#")
+        }
+        for extra in ("serve", "factory")
+    )
     wrong = set()
     for path in _modules():
         for line, module in imports(path):
             top = module.split(".")[0]
             if top in sys.stdlib_module_names or top == "largekd":
                 continue
-            own = names | extras if path.relative_to(PACKAGE).as_posix() in SERVING else names
+            own = names | serve if path.relative_to(PACKAGE).as_posix() in SERVING else names
+            own = own | factory if _room(path) in FACTORY_ROOMS else own
             if COMES_WITH.get(top, top) not in own:
                 wrong.add(f"{at(path, line)}: {top}")
     assert wrong == set()
