@@ -1,6 +1,7 @@
 """Answers that are kept as records of training data."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from largekd.curation.records import Curated, Message, Parsed
 SpansOf = Callable[[Parsed, str], list[Span]]
 _ANSWER_MARK = "{answer}"
 _PARQUET_ROWS = 4096
+# Halves of surrogate pairs are no characters: tokenizers and parquet refuse them. As many characters stay, for spans.
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def targets(row: Curated, *, reasoning: str, answer_text: str, spans_of: SpansOf) -> Iterator[tuple[str, list[Span]]]:
@@ -47,7 +50,10 @@ def records(row: Curated, *, config: DatasetConfig, spans_of: SpansOf) -> Iterat
         for text, spans in targets(row, reasoning=reasoning, answer_text=config.answer_text, spans_of=spans_of):
             hint = config.answer_hint if reasoning == "without" else ""
             yield {
-                "messages": [*_prompt(row, config=config, hint=hint), {"role": "assistant", "content": text}],
+                "messages": [
+                    {"role": message["role"], "content": _HALF.sub("\ufffd", message["content"])}
+                    for message in (*_prompt(row, config=config, hint=hint), {"role": "assistant", "content": text})
+                ],
                 "spans": list(spans),
                 "id": row.ask.item.id,
                 "key": row.written.key,

@@ -29,8 +29,8 @@ class DifficultyFilter:
         staying = [place for place, row in enumerate(group) if row.dropped_by is None]
         if refused is None and rate is not None and staying:
             refused = self._fill(rate)
-        kept = staying if self._config.per_row is None else staying[: self._config.per_row]
-        return [Judgement(scores, refused or (None if place in kept else "per_row")) for place in range(len(group))]
+        surplus = [] if self._config.per_row is None else staying[self._config.per_row :]
+        return [Judgement(scores, refused or ("per_row" if place in surplus else None)) for place in range(len(group))]
 
     def summary(self) -> Mapping[str, object]:
         """Rows that were kept in each interval of the pass rate."""

@@ -1,7 +1,7 @@
 """Raw answers, row by row, in an order that depends on the rows and a seed alone: not on shards, ranks or time.
 
-Rows come in the order of a hash, which is a random one: the first n rows are a fair choice of n rows. Memory holds a few
-numbers for each answer, never the texts.
+Rows come in the order of a hash, which is a random one: the first n rows are a fair choice of n rows. Memory holds a
+few numbers for each answer, never the texts.
 """
 
 import hashlib
@@ -43,7 +43,10 @@ class OrderedAnswers:
         starts = np.flatnonzero(np.diff(self._places["order"], prepend=self._places["order"][:1] + 1))
         for start, stop in zip(starts, [*starts[1:], len(self._places)], strict=True):
             found = sorted(map(self._read, self._places[start:stop]), key=_in_row)
-            answers = list({answer.written.key: answer for answer in reversed(found)}.values())[::-1]
+            first: dict[str, Answer] = {}
+            for answer in found:
+                first.setdefault(answer.written.key, answer)
+            answers = list(first.values())
             self.repeated += len(found) - len(answers)
             # Two rows with the same hash are still two rows.
             for name in dict.fromkeys(answer.ask.item.id for answer in answers):
