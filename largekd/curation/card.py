@@ -11,6 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 CARD_FILE = "README.md"
 _NOT_GIVEN = "not given"
+# Keys of the job's configuration that tell nothing of what was written; the curation's have a block of their own.
+_NOT_OF_THE_TEXTS = ("output", "log", "curation", "collective_timeout_s")
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,11 @@ def write_card(
 ) -> None:
     """Writes README.md, whose head tells `datasets.load_dataset` which file is which split.
 
-    Args: job: what describes the generation, None where it is not known.
+    Args: job: `config` and `identity` of the generation, None where it is not known.
     """
+    if job is not None:
+        config = {name: value for name, value in job.get("config", {}).items() if name not in _NOT_OF_THE_TEXTS}
+        job = {**job, "config": config}
     environment = Environment(
         loader=PackageLoader("largekd.curation"),
         undefined=StrictUndefined,
@@ -55,7 +60,7 @@ def write_card(
 
 
 def _licence(job: Mapping[str, Any] | None, part: str) -> str:
-    found = (job or {}).get(part)
+    found = (job or {}).get("config", {}).get(part)
     return str(found.get("licence") or _NOT_GIVEN) if isinstance(found, Mapping) else _NOT_GIVEN
 
 

@@ -1,6 +1,6 @@
 """From raw answers to training data: parse, verify, filter, write. Cheap, and repeatable with other settings.
 
-    summary = curate(folder, config=config.curation)
+    summary = curate(folder, config=CurationConfig(…))
 
 reads `raw/` of a job's folder and makes its folder `data/` anew, in one rename: `train.jsonl`, `eval.jsonl`, parquet
 where it is asked for, `dropped.jsonl` with every answer that was not kept, the card `README.md`, `report.html` with its
@@ -50,16 +50,41 @@ DROPPED_FILE = "dropped.jsonl"
 _ROWS_TOGETHER = 64
 
 
-def curate(folder: Path, *, config: CurationConfig, examiner: Examiner) -> dict[str, Any]:
+def curate(folder: Path, *, config: CurationConfig, examiner: Examiner | None = None) -> dict[str, Any]:
     """Makes `folder/data` from `folder/raw` and returns the summary that `curation.json` holds.
+
+    Args: examiner: parses and verifies; None: as the configuration says, with programs in the sandbox.
 
     Errors: ConfigError, DataError for settings, evaluation sets and raw answers that cannot be used, before anything is
     written; the former `data` then stays.
     """
     _check(config)
     filters = build_filters(config)
-    answers = OrderedAnswers(folder, seed=config.dataset.seed)
     job = _job(folder)
+    answers = OrderedAnswers(folder, seed=config.dataset.seed)
+    with ExitStack() as stack:
+        if examiner is None:
+            # Needs the sandbox and the libraries of verification, which one's own examiner may not.
+            from largekd.curation.standard_examiner import StandardExaminer
+
+            examiner = stack.enter_context(StandardExaminer(config))
+        summary = _replace(folder, answers=answers, config=config, filters=filters, examiner=examiner, job=job)
+    logger.info("%s: %s", folder / DATA_FOLDER, tell(summary))
+    if not summary["records"]["train"]:
+        logger.warning("no record is left for training; %s shows why", folder / DATA_FOLDER / REPORT_FILE)
+    return summary
+
+
+def _replace(
+    folder: Path,
+    *,
+    answers: OrderedAnswers,
+    config: CurationConfig,
+    filters: Sequence[tuple[str, Filter]],
+    examiner: Examiner,
+    job: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """A new data folder in the place of the former one, or the former one after an error."""
     new = temporary_sibling(folder / DATA_FOLDER, label=DATA_FOLDER)
     new.mkdir()
     try:
@@ -67,7 +92,8 @@ def curate(folder: Path, *, config: CurationConfig, examiner: Examiner) -> dict[
             output = _Output(new, config=config, examiner=examiner, stack=stack)
             for group in _curated(answers, config=config, filters=filters, output=output):
                 output.write(group)
-        summary = _finish(output, config=config, filters=filters, answers=answers, job=job)
+        title = folder.resolve().name
+        summary = _finish(output, title=title, config=config, filters=filters, answers=answers, job=job)
         for path in new.iterdir():
             fsync_path(path)
     except BaseException:
@@ -76,9 +102,6 @@ def curate(folder: Path, *, config: CurationConfig, examiner: Examiner) -> dict[
     former = swap_into_place(new, target=folder / DATA_FOLDER)
     if former is not None:
         remove_tree(former)
-    logger.info("%s: %s", folder / DATA_FOLDER, tell(summary))
-    if not summary["records"]["train"]:
-        logger.warning("no record is left for training; %s shows why", folder / DATA_FOLDER / REPORT_FILE)
     return summary
 
 
@@ -154,6 +177,7 @@ class _Output:
 def _finish(
     output: _Output,
     *,
+    title: str,
     config: CurationConfig,
     filters: Sequence[tuple[str, Filter]],
     answers: OrderedAnswers,
@@ -177,10 +201,9 @@ def _finish(
         "filters": {name: dict(one.summary()) for name, one in filters},
         "answers_sha256": output.answers_sha256,
     }
-    title = f"{folder.parent.name}: curation"
-    write_report(folder, statistics=statistics, rules=rule_names(filters), summary=summary, title=title)
+    write_report(folder, statistics=statistics, rules=rule_names(filters), summary=summary, title=f"{title}: curation")
     settings = config.model_dump(mode="json")
-    write_card(folder, title=folder.parent.name, splits=splits, summary=summary, settings=settings, job=job)
+    write_card(folder, title=title, splits=splits, summary=summary, settings=settings, job=job)
     hashes = {path.name: _file_hash(path) for path in sorted(folder.iterdir())}
     summary = {**summary, "settings": settings, "files_sha256": hashes}
     write_json(folder / SUMMARY_FILE, value=summary)

@@ -66,10 +66,10 @@ def gate(written: Written, *, parsed: Parsed, verdict: Verdict, config: Curation
     """The rule before all filters that refuses an answer, None if none does, and what it found."""
     if written.finish == "failed":
         return "failed", written.failure or ""
-    if not config.keep_unparsed and parsed.problem is not None:
-        return "unparsed", parsed.problem
     if not config.keep_unparsed and written.finish == "length":
         return "unfinished", f"cut off after {written.written_tokens} tokens"
+    if not config.keep_unparsed and parsed.problem is not None:
+        return "unparsed", parsed.problem
     if verdict.outcome == "wrong":
         return "wrong", verdict.detail
     if verdict.outcome == "unknown" and config.verify.kind != "none" and not config.keep_unknown:
@@ -79,5 +79,5 @@ def gate(written: Written, *, parsed: Parsed, verdict: Verdict, config: Curation
 
 def rule_names(filters: Sequence[tuple[str, Filter]]) -> list[str]:
     """The rules in the order in which they are asked."""
-    gates = ("failed", "unparsed", "unfinished", "wrong", "unverified", "no_answer")
+    gates = ("failed", "unfinished", "unparsed", "wrong", "unverified", "no_answer")
     return [*gates, *(name for name, _ in filters)]

@@ -63,7 +63,7 @@ def test_kept_answers_become_records_and_all_others_are_told(tmp_path: Path) -> 
     job = write_job(tmp_path / "job", shards=[answers()])
     summary = run(job, config(dataset={"held_out": 2}))
     right = ROWS - 1
-    assert summary["dropped"] == {"failed": 1, "unparsed": right, "wrong": right}
+    assert summary["dropped"] == {"failed": 1, "unfinished": right, "wrong": right}
     assert summary["records"] == {"train": right - 2, "eval": 2}
     assert summary["acceptance"] == pytest.approx(right / (3 * right + 1), abs=1e-6)
     train, held_out = lines(job / "data" / "train.jsonl"), lines(job / "data" / "eval.jsonl")
@@ -222,14 +222,16 @@ def test_the_card_tells_the_licences_and_settings_and_cannot_be_broken_out_of(tm
         "backend": {"model": "teacher", "licence": "Apache-2.0"},
         "sampling": {"stop": ["```\n# no heading"], "seed": 5},
     }
-    (job / "job.json").write_text(json.dumps(description))
+    kept = {"identity": {"writer": {"weights": "0123"}}, "config": description}
+    aside = {"output": {"dir": "runs/x"}, "curation": {}, "log": {}}
+    (job / "job.json").write_text(json.dumps({**kept, "config": {**description, **aside}}))
     summary = run(job, config(dataset={"held_out": 1}))
     card = (job / "data" / "README.md").read_text()
     head, body = card.removeprefix("---\n").split("\n---\n", maxsplit=1)
     assert "split: train" in head and "path: eval.jsonl" in head
     assert "CC BY 4.0 \\| \\<b\\>" in body and "| Apache-2.0 |" in body
     blocks = body.split("```")
-    assert len(blocks) == 5 and json.loads(blocks[1].removeprefix("json")) == description
+    assert len(blocks) == 5 and json.loads(blocks[1].removeprefix("json")) == kept
     assert json.loads(blocks[3].removeprefix("json"))["verify"]["kind"] == "exact"
     assert summary["files_sha256"]["train.jsonl"] in body
     (job / "job.json").unlink()
