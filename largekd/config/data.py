@@ -70,14 +70,60 @@ class SourceConfig(Frozen):
         return tuple(value) if isinstance(value, list) else value
 
 
+class MixedSourceConfig(Frozen):
+    """A further training set and its part in the mixture."""
+
+    source: SourceConfig = Field(description="Training data.")
+    share: float | None = Field(None, gt=0, description="As mixture.share, of this source.")
+
+
+class MixtureConfig(Frozen):
+    """Several training sets, data.train first, drawn from in given or computed shares.
+
+    Shares are of samples. An epoch has as many samples as all sources together; of each source it takes its share, and
+    goes on in the next epoch where it stopped: no sample comes again before all of its source have come.
+    """
+
+    others: tuple[MixedSourceConfig, ...] = Field(min_length=1, description="The training sets beside data.train.")
+    share: float | None = Field(
+        None, gt=0, description="Part of data.train, relative to the sum of all; give all shares, or none."
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="T of shares in proportion to samples^(1/T), where none are given. 1: each sample once."
+    )
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> "MixtureConfig":
+        given = [share is not None for share in (self.share, *(other.share for other in self.others))]
+        if any(given) and not all(given):
+            raise ValueError("must give the share of every source, that of data.train included, or none")
+        if any(given) and self.temperature != 1.0:
+            raise ValueError("has shares and a temperature, which would compute them; give only one of both")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        """The given shares in order, None where the temperature decides."""
+        given = [self.share, *(other.share for other in self.others)]
+        return None if self.share is None else tuple(share for share in given if share is not None)
+
+
 class DataConfig(Frozen):
     """Training and held-out data and how samples become rows."""
 
     train: SourceConfig = Field(description="Training data.")
+    mixture: MixtureConfig | None = Field(None, description="Further training sets; null: data.train alone.")
     eval: SourceConfig | None = Field(None, description="Held-out data; null: no evaluation.")
     packing: bool = Field(True, description="Fill each row with several samples that do not see each other.")
     shuffle: bool = Field(True, description="A new seeded order in every epoch.")
     num_proc: int | None = Field(None, ge=1, description="Processes that tokenize; null: one.")
+
+    @property
+    def training_sources(self) -> tuple[tuple[str, SourceConfig], ...]:
+        """Every training set with its key, data.train first."""
+        others = self.mixture.others if self.mixture is not None else ()
+        named = ((f"data.mixture.others.{place}.source", other.source) for place, other in enumerate(others))
+        return (("data.train", self.train), *named)
 
 
 class EvalConfig(Frozen):

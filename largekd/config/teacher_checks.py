@@ -28,7 +28,7 @@ def check_mixture(config: RunConfig) -> Iterator[str]:
             "it, or use a single teacher"
         )
     if isinstance(teacher.weighting, RoutedWeightsConfig):
-        for key, source in (("data.train", data.train), ("data.eval", data.eval)):
+        for key, source in (*data.training_sources, ("data.eval", data.eval)):
             taken = () if source is None else (source.text_field, source.messages_field, source.weight_field)
             if source is not None and source.named_span_weights:
                 taken = (*taken, source.spans_field)

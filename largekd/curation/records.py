@@ -98,7 +98,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Curated:
-    """A row of the factory with everything that is known of it; `dropped_by` is the first rule that refused it."""
+    """A row of the factory with everything that is known of it; `dropped_by` is the first rule that refused it, such
+    as "length.max_words", and `note` what it found."""
 
     ask: Ask
     written: Written
@@ -106,3 +107,4 @@ class Curated:
     verdict: Verdict
     scores: Mapping[str, float] = field(default_factory=dict)
     dropped_by: str | None = None
+    note: str = ""

@@ -11,6 +11,7 @@ import numpy as np
 
 from largekd.contracts import Batch, Origin
 from largekd.data.collate import collate
+from largekd.data.mixture import Mixture
 from largekd.data.packing import Row, Rows, one_per_row, pack
 from largekd.data.store import SampleStore
 from largekd.errors import ConfigError, DataError
@@ -18,7 +19,7 @@ from largekd.errors import ConfigError, DataError
 Item = TypeVar("Item")
 FILLER_ROW: Row = ()
 # Keys of a state that must be equal for a position to mean the same rows.
-IDENTITY = ("fingerprint", "seed", "global_batch_size", "sequence_length", "packing", "shuffle")
+IDENTITY = ("fingerprint", "seed", "global_batch_size", "sequence_length", "packing", "shuffle", "mixture")
 
 
 class Position(NamedTuple):
@@ -59,8 +60,10 @@ class RowLoader:
         max_steps: int | None = None,
         max_epochs: int | None = None,
         prefetch_steps: int = 2,
+        mixture: Mixture | None = None,
     ) -> None:
         """Args: prefetch_steps: steps that a background thread makes ahead of use; 0: none, no thread.
+        mixture: what an epoch has of each of several sources; None: every sample once.
 
         Raises:
             ConfigError: a global batch that does not divide, or neither max_steps nor max_epochs.
@@ -74,7 +77,7 @@ class RowLoader:
         if max_steps is None and max_epochs is None:
             raise ConfigError("set train.max_steps or train.max_epochs: without either a run has no end.")
         samples.check_fits(sequence_length=settings.sequence_length)
-        self._samples, self._settings = samples, settings
+        self._samples, self._settings, self._mixture = samples, settings, mixture
         self._micro_batch_size, self._rank, self._world_size = micro_batch_size, rank, world_size
         self._max_steps, self._max_epochs = max_steps, max_epochs
         self._prefetch_steps = prefetch_steps
@@ -85,9 +88,9 @@ class RowLoader:
 
     def rows(self, *, epoch: int) -> Rows:
         """All rows of `epoch` in order, the same on every rank."""
-        key = epoch if self._settings.shuffle else 0
+        key = epoch if self._settings.shuffle or self._mixture is not None else 0
         if key not in self._rows_of_epoch:
-            made = _epoch_rows(self._samples, settings=self._settings, epoch=epoch)
+            made = _epoch_rows(self._samples, settings=self._settings, epoch=epoch, mixture=self._mixture)
             # Two epochs at once: the consumer may still be in one while the thread is ahead in the next.
             kept = {old: rows for old, rows in self._rows_of_epoch.items() if old == key - 1}
             self._rows_of_epoch = {**kept, key: made}
@@ -150,7 +153,9 @@ class RowLoader:
         """
         mine = self._identity()
         different = [
-            f"{name} was {state.get(name)!r}, is {mine[name]!r}" for name in IDENTITY if state.get(name) != mine[name]
+            f"{name} was {state.get(name)!r}, is {mine.get(name)!r}"
+            for name in IDENTITY
+            if state.get(name) != mine.get(name)
         ]
         if different:
             raise DataError(
@@ -161,7 +166,8 @@ class RowLoader:
         self._position = Position(**{name: int(state[name]) for name in Position._fields})
 
     def _identity(self) -> dict[str, Any]:
-        return {"fingerprint": self._samples.fingerprint, **asdict(self._settings)}
+        mixture = {} if self._mixture is None else {"mixture": self._mixture.identity()}
+        return {"fingerprint": self._samples.fingerprint, **asdict(self._settings), **mixture}
 
     def _produce(self, position: Position) -> Iterator[tuple[Position, list[Batch]]]:
         """Every step from `position` on, with the position after it."""
@@ -224,9 +230,11 @@ def evaluation_batches(
         yield collate(own, samples=samples, sequence_length=sequence_length, packing=packing, origin=origin)
 
 
-def _epoch_rows(samples: SampleStore, *, settings: RowSettings, epoch: int) -> Rows:
+def _epoch_rows(samples: SampleStore, *, settings: RowSettings, epoch: int, mixture: Mixture | None = None) -> Rows:
     order = np.arange(len(samples), dtype=np.int64)
-    if settings.shuffle:
+    if mixture is not None:
+        order = mixture.order(epoch=epoch, seed=settings.seed, shuffle=settings.shuffle)
+    elif settings.shuffle:
         order = np.random.default_rng((settings.seed, epoch)).permutation(order)
     if settings.packing:
         return pack(samples.lengths, sequence_length=settings.sequence_length, order=order)

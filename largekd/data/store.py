@@ -1,6 +1,7 @@
 """Tokenized samples, read in place from memory-mapped Arrow columns."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -18,10 +19,10 @@ class SampleStore:
     ids[t + 1]. Ids follow the order of the source and do not depend on packing, shuffling or ranks.
     """
 
-    def __init__(self, dataset: Dataset, *, kept: NDArray[np.int64]) -> None:
+    def __init__(self, dataset: Dataset | pa.Table, *, kept: NDArray[np.int64]) -> None:
         """Args: dataset: columns of `samples.FEATURES`; kept: indices of the rows that are samples."""
-        table = dataset.data.table
-        self._rows = kept
+        table = dataset if isinstance(dataset, pa.Table) else dataset.data.table
+        self._table, self._rows = table, kept
         self._ids = _Ragged(table.column("ids"))
         self._masks = _Ragged(table.column("label_mask"))
         self.lengths: NDArray[np.int64] = (self._ids.lengths - 1)[kept]
@@ -113,6 +114,32 @@ class SampleStore:
                 f"a sample has {longest} positions, but train.sequence_length = {sequence_length}: "
                 "load the samples with the same sequence_length as the rows."
             )
+
+
+def joined(stores: Sequence[SampleStore]) -> SampleStore:
+    """The samples of several stores one after another, still in place: ids go on where those of the store before end.
+
+    `records` stay those of each source. Samples of a store without weights of tokens have 1 for all.
+    """
+    if len(stores) == 1:
+        return stores[0]
+    columns = list(dict.fromkeys(name for store in stores for name in store._table.column_names))
+    types = {name: store._table.schema.field(name).type for store in stores for name in store._table.column_names}
+    starts = np.cumsum([0, *(len(store._table) for store in stores)])
+    tables = [
+        pa.table({name: _column(store._table, name=name, kind=types[name]) for name in columns}) for store in stores
+    ]
+    kept = [store._rows + start for store, start in zip(stores, starts, strict=False)]
+    return SampleStore(pa.concat_tables(tables), kept=np.concatenate(kept))
+
+
+def _column(table: pa.Table, *, name: str, kind: pa.DataType) -> pa.ChunkedArray:
+    """The column, or an empty list in every row where the table has none."""
+    if name in table.column_names:
+        return table.column(name)
+    assert name == "token_weights", f"only some of the stores have {name}"
+    offsets = pa.array(np.zeros(len(table) + 1, np.int32))
+    return pa.chunked_array([pa.ListArray.from_arrays(offsets, pa.array([], pa.float32())).cast(kind)])
 
 
 class _Ragged:

@@ -1,6 +1,7 @@
 """What a cache is bound to: a run's teacher, data and rules, and opening a cache that was made of the same."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -317,10 +318,15 @@ def differences(old: object, new: object, *, key: str = "") -> Iterator[str]:
 
 
 def _template_hash(config: RunConfig, *, origin: Origin, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    source = config.data.train if origin == "train" else config.data.eval
-    assert source is not None
-    template = load_template(tokenizer, path=source.chat_template, key=f"data.{origin}")
-    return None if template is None else hashlib.sha256(template.encode()).hexdigest()
+    data = config.data
+    sources = data.training_sources if origin == "train" else (("data.eval", data.eval),)
+    templates = []
+    for key, source in sources:
+        assert source is not None
+        templates.append(load_template(tokenizer, path=source.chat_template, key=key))
+    if all(template == templates[0] for template in templates):
+        return None if templates[0] is None else hashlib.sha256(templates[0].encode()).hexdigest()
+    return hashlib.sha256(json.dumps(templates).encode()).hexdigest()
 
 
 def _read_head(folder: Path, *, manifest: Manifest) -> VocabularyHead | None:

@@ -1,7 +1,7 @@
 """The data of a run: read, tokenized, checked on all ranks, and given out."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from largekd.config.run import RunConfig
 from largekd.config.teacher import MixtureTeacherConfig, RoutedWeightsConfig
 from largekd.contracts import Batch, Origin
 from largekd.data.loader import RowLoader, RowSettings, evaluation_batches
+from largekd.data.mixture import Mixture, make_mixture
 from largekd.data.samples import LoadedSamples, Routing, load_samples
 from largekd.data.spans import alignment_report
-from largekd.data.store import SampleStore
+from largekd.data.store import SampleStore, joined
 from largekd.data.vocabulary import describe_mapping
 from largekd.distillation.models import First, Sources
 from largekd.errors import ConfigError, DataError
@@ -29,7 +30,7 @@ QUARANTINE_FILE = "quarantine.json"
 @dataclass(frozen=True)
 class RunData:
     """The training steps, the held-out batches (None: there are no held-out data), and a look at the first rows.
-    `samples`: both data sets by the origin of their batches."""
+    `samples`: training and held-out data by the origin of their batches."""
 
     loader: RowLoader
     evaluation_batches: Callable[[], Iterator[Batch]] | None
@@ -40,7 +41,7 @@ class RunData:
 def build_data(
     config: RunConfig, *, sources: Sources, ranks: Ranks, folder: Path, first: First, row_seed: int | None = None
 ) -> RunData:
-    """Read, tokenize and check both data sets. A collective call. Errors: DataError, ConfigError.
+    """Read, tokenize and check all data sets. A collective call. Errors: DataError, ConfigError.
 
     row_seed: decides the order of the rows; None: train.seed.
     """
@@ -62,18 +63,23 @@ def build_data(
 
     if not ranks.is_main:
         disable_progress_bars()
-    training = load(data.train, "data.train")
+    loaded_of_key = {key: load(source, key) for key, source in data.training_sources}
+    training = joined([loaded.samples for loaded in loaded_of_key.values()])
     _check_routed(config, training=training)
-    held_out = load(data.eval, "data.eval") if data.eval is not None else None
+    held_out = None
+    if data.eval is not None:
+        loaded_of_key["data.eval"] = load(data.eval, "data.eval")
+        held_out = loaded_of_key["data.eval"].samples
+    mixture = _mixture(config, sizes=[len(loaded_of_key[key].samples) for key, _ in data.training_sources])
     with Together():
         if ranks.is_main:
-            _report_data(folder, training=training, held_out=held_out)
-    for key, loaded in (("data.train", training), ("data.eval", held_out)):
-        require_same(loaded.samples.fingerprint if loaded else "", what="data set", key=key)
+            _report_data(folder, loaded_of_key=loaded_of_key, mixture=mixture)
+    for key, samples in (("data.train", training), ("data.eval", held_out)):
+        require_same(samples.fingerprint if samples else "", what="data set", key=key)
     if sources.student_of_teacher is not None:
         _check_translation(sources, training=training, held_out=held_out, is_main=ranks.is_main)
     loader = RowLoader(
-        training.samples,
+        training,
         settings=RowSettings(
             sequence_length=train.sequence_length,
             packing=data.packing,
@@ -86,6 +92,7 @@ def build_data(
         world_size=ranks.world_size,
         max_steps=train.max_steps,
         max_epochs=train.max_epochs,
+        mixture=mixture,
     )
     if loader.total_steps() <= config.optim.warmup_steps:
         raise ConfigError(
@@ -93,9 +100,9 @@ def build_data(
             "lower it or raise train.max_steps / train.max_epochs."
         )
 
-    def walk(loaded: LoadedSamples, *, micro_batch_size: int, max_rows: int | None, origin: Origin) -> Iterator[Batch]:
+    def walk(samples: SampleStore, *, micro_batch_size: int, max_rows: int | None, origin: Origin) -> Iterator[Batch]:
         return evaluation_batches(
-            loaded.samples,
+            samples,
             sequence_length=train.sequence_length,
             packing=data.packing,
             micro_batch_size=micro_batch_size,
@@ -109,13 +116,13 @@ def build_data(
         return walk(training, micro_batch_size=train.micro_batch_size, max_rows=count, origin="train")
 
     if held_out is None:
-        return RunData(loader, None, first_rows, {"train": training.samples})
+        return RunData(loader, None, first_rows, {"train": training})
 
     def held_out_batches() -> Iterator[Batch]:
         size = config.eval.micro_batch_size or train.micro_batch_size
         return walk(held_out, micro_batch_size=size, max_rows=config.eval.max_rows, origin="eval")
 
-    return RunData(loader, held_out_batches, first_rows, {"train": training.samples, "eval": held_out.samples})
+    return RunData(loader, held_out_batches, first_rows, {"train": training, "eval": held_out})
 
 
 def _routing(config: RunConfig) -> Routing | None:
@@ -126,9 +133,17 @@ def _routing(config: RunConfig) -> Routing | None:
     return Routing(teacher.weighting.field, tuple(member.name for member in teacher.members))
 
 
-def _check_routed(config: RunConfig, *, training: LoadedSamples) -> None:
+def _mixture(config: RunConfig, *, sizes: Sequence[int]) -> Mixture | None:
+    """How training sets are mixed; None where there is one. Errors: ConfigError."""
+    mixture = config.data.mixture
+    if mixture is None:
+        return None
+    return make_mixture(sizes, shares=mixture.shares, temperature=mixture.temperature)
+
+
+def _check_routed(config: RunConfig, *, training: SampleStore) -> None:
     """Errors: DataError where no record names a teacher, which a misspelt column looks like."""
-    routing, teachers = _routing(config), training.samples.teachers
+    routing, teachers = _routing(config), training.teachers
     if routing is not None and (teachers is None or not (teachers >= 0).any()):
         raise DataError(
             f"teacher.weighting.field = {routing.field!r}: no record of data.train ({config.data.train.path}) names a "
@@ -136,15 +151,13 @@ def _check_routed(config: RunConfig, *, training: LoadedSamples) -> None:
         )
 
 
-def _check_translation(
-    sources: Sources, *, training: LoadedSamples, held_out: LoadedSamples | None, is_main: bool
-) -> None:
+def _check_translation(sources: Sources, *, training: SampleStore, held_out: SampleStore | None, is_main: bool) -> None:
     """Say how much of the text both tokenizers share. Errors: DataError for a sample that the teacher cannot hold."""
-    samples, mapping = training.samples, sources.student_of_teacher
+    mapping = sources.student_of_teacher
     assert mapping is not None
     limit = getattr(sources.teacher.config, "max_position_embeddings", None)
-    for key, loaded in (("data.train", training), ("data.eval", held_out)):
-        longest = int(loaded.samples.teacher_lengths.max()) if loaded is not None else 0
+    for key, samples in (("data.train", training), ("data.eval", held_out)):
+        longest = int(samples.teacher_lengths.max()) if samples is not None else 0
         if limit is not None and longest > limit:
             raise DataError(
                 f"{key}: a sample has {longest} tokens for the teacher, which has {limit} positions "
@@ -152,25 +165,25 @@ def _check_translation(
             )
     if is_main:
         logger.info("%s", describe_mapping(mapping.numpy(), student_vocab_size=sources.student_config.vocab_size))
-        logger.info("data.train: %s", alignment_report(samples, tokenizer=sources.tokenizer))
+        logger.info("data.train: %s", alignment_report(training, tokenizer=sources.tokenizer))
 
 
-def _report_data(folder: Path, *, training: LoadedSamples, held_out: LoadedSamples | None) -> None:
+def _report_data(folder: Path, *, loaded_of_key: Mapping[str, LoadedSamples], mixture: Mixture | None) -> None:
     """Say what was read, and keep a list of the records that were set aside."""
     rows = []
-    for name, loaded in (("data.train", training), ("data.eval", held_out)):
-        if loaded is None:
-            continue
+    for place, (key, loaded) in enumerate(loaded_of_key.items()):
         bad = loaded.quarantine.as_rows()
         rows += bad
         logger.info(
             "%s: %s samples, %s tokens, %d records set aside, %d conversations cut",
-            name,
+            key,
             f"{len(loaded.samples):,}",
             f"{loaded.samples.tokens:,}",
             len(bad),
             loaded.truncated,
         )
+        if mixture is not None and place < len(mixture.counts):
+            logger.info("%s: %s samples in every epoch", key, f"{mixture.counts[place]:,}")
     if rows:
         write_json(folder / QUARANTINE_FILE, value=rows)
         logger.warning("%d unusable records were set aside, see %s", len(rows), folder / QUARANTINE_FILE)
