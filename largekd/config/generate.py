@@ -1,8 +1,8 @@
 """What a model is asked to write, and how: the configuration of launch/generate.py."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from largekd.config.common import Frozen
 from largekd.config.curation import CurationConfig
@@ -150,7 +150,9 @@ class GenerateOutputConfig(Frozen):
 
 
 class GenerateConfig(Frozen):
-    """One YAML file recipes/generate_*.yaml is one of these."""
+    """One YAML file recipes/generate_*.yaml is one of these. A source without a kind is rows, a backend embedded."""
+
+    default_kinds: ClassVar[dict[str, str]] = {"source": "rows", "backend": "embedded"}
 
     output: GenerateOutputConfig
     source: GenerateSourceConfig
@@ -160,14 +162,3 @@ class GenerateConfig(Frozen):
     curation: CurationConfig = Field(default_factory=CurationConfig)
     collective_timeout_s: int = Field(1800, ge=5, description="Seconds after which a silent rank counts as hung.")
     log: LogConfig = Field(default_factory=LogConfig)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kinds(cls, value: Any) -> Any:
-        """A source without a kind is rows, a backend without a kind is embedded."""
-        if isinstance(value, dict):
-            value = dict(value)
-            for key, kind in (("source", "rows"), ("backend", "embedded")):
-                if isinstance(value.get(key), dict):
-                    value[key] = {"kind": kind, **value[key]}
-        return value
