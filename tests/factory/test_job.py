@@ -67,7 +67,7 @@ def test_a_damaged_shard_is_told_and_never_dropped(tmp_path):
     tree = job_settings(tmp_path)
     assert run_job(tree, backend=ScriptedBackend())
     path = shard_paths(tmp_path / "job/raw")[0]
-    path.write_text(path.read_text().replace("direct", "dIrect", 1))
+    path.write_text(path.read_text().replace("What is", "What Is", 1))
     with pytest.raises(DataError, match=path.name):
         run_job(tree, backend=ScriptedBackend())
 
