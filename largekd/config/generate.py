@@ -1,8 +1,8 @@
 """What a model is asked to write, and how: the configuration of launch/generate.py."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from largekd.config.common import Frozen
 from largekd.config.curation import CurationConfig
@@ -16,8 +16,10 @@ class RowSourceConfig(Frozen):
     path: str = Field(description="File, folder or glob of .jsonl/.json/.csv/.parquet, or a hub data set's name.")
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")
-    question: str = Field("question", description="Column with the question or instruction.")
-    answer: str | None = Field(None, description="Column with the right answer, for verification; null: there is none.")
+    question: str = Field("question", description="Column with the question or instruction, or with chat messages.")
+    answer: str | None = Field(
+        None, description="Column with the right answer, or with chat messages; null: there is none."
+    )
     tests: str | None = Field(None, description="Column with unit tests (Python), for programs.")
     id: str | None = Field(None, description="Column that names a row; null: a hash of its content.")
     skip_rows: int = Field(0, ge=0, description="Leave out this many rows at the beginning.")
@@ -33,6 +35,10 @@ class TopicSourceConfig(Frozen):
     tasks: tuple[str, ...] = Field(min_length=1, description="Kinds of task, such as 'explain', 'compare', 'rewrite'.")
     personas: tuple[str, ...] = Field((), description="Who asks; none: nobody in particular.")
     per_combination: int = Field(1, ge=1, description="Instructions of each combination.")
+    max_similarity: float = Field(
+        0.9, gt=0, le=1, description="Largest share of common words (Jaccard) with an earlier instruction."
+    )
+    template: str = Field("new_instruction", description="Template that asks for an instruction.")
 
 
 class SeedSourceConfig(Frozen):
@@ -40,8 +46,14 @@ class SeedSourceConfig(Frozen):
 
     kind: Literal["seeds"]
     path: str = Field(description="JSONL of seed instructions, column `instruction`.")
-    rows: int = Field(ge=1, description="Instructions to ask for.")
-    examples: int = Field(3, ge=1, description="Seeds that each prompt shows.")
+    rows: int = Field(ge=1, description="New instructions that are wanted.")
+    examples: int = Field(3, ge=1, description="Seeds and earlier results that each prompt shows.")
+    rounds: int = Field(4, ge=1, description="Rounds; in each one is asked for what is still missing.")
+    max_similarity: float = Field(
+        0.7, gt=0, le=1, description="Largest share of common words (Jaccard) with a seed or an earlier result."
+    )
+    template: str = Field("similar_instruction", description="Template that asks for a new instruction.")
+    licence: str | None = Field(None, description="Licence of the seeds, for the data card.")
 
 
 GenerateSourceConfig = Annotated[RowSourceConfig | TopicSourceConfig | SeedSourceConfig, Field(discriminator="kind")]
@@ -106,7 +118,10 @@ class PromptConfig(Frozen):
     system: str | None = Field(None, description="System message; null: the template's own, if any.")
     few_shot: str | None = Field(None, description="JSONL of worked examples (question, answer) that templates show.")
     few_shot_count: int = Field(3, ge=1, description="Examples that each prompt shows, drawn by the row.")
-    revise: bool = Field(False, description="A second turn: criticise the answer and write a better one.")
+    revise: bool = Field(False, description="A further turn: criticise the answer and write a better one.")
+    revise_template: str = Field("critique_and_revise", description="Template of that turn.")
+    turns: int = Field(1, ge=1, le=16, description="Answers in a conversation; between them the model plays the user.")
+    user_template: str = Field("user_turn", description="Template that asks for the user's next message.")
     variables: dict[str, str] = Field(default_factory=dict, description="Further values that templates may use.")
 
 
@@ -135,7 +150,9 @@ class GenerateOutputConfig(Frozen):
 
 
 class GenerateConfig(Frozen):
-    """One YAML file recipes/generate_*.yaml is one of these."""
+    """One YAML file recipes/generate_*.yaml is one of these. A source without a kind is rows, a backend embedded."""
+
+    default_kinds: ClassVar[dict[str, str]] = {"source": "rows", "backend": "embedded"}
 
     output: GenerateOutputConfig
     source: GenerateSourceConfig
@@ -145,14 +162,3 @@ class GenerateConfig(Frozen):
     curation: CurationConfig = Field(default_factory=CurationConfig)
     collective_timeout_s: int = Field(1800, ge=5, description="Seconds after which a silent rank counts as hung.")
     log: LogConfig = Field(default_factory=LogConfig)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kinds(cls, value: Any) -> Any:
-        """A source without a kind is rows, a backend without a kind is embedded."""
-        if isinstance(value, dict):
-            value = dict(value)
-            for key, kind in (("source", "rows"), ("backend", "embedded")):
-                if isinstance(value.get(key), dict):
-                    value[key] = {"kind": kind, **value[key]}
-        return value

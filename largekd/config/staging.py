@@ -117,7 +117,7 @@ def _stage_config(config: RunConfig, *, stage: StageConfig, index: int) -> tuple
     tree["stages"] = []
     train = tree["train"] if isinstance(tree["train"], dict) else {}
     train |= {"max_steps": stage.steps, "max_epochs": stage.epochs}
-    merged, found = read_record(tree)
+    merged, found = read_record(RunConfig, mapping=tree)
     if merged is not None and stage.tokens is not None:
         positions = merged.train.global_batch_size * merged.train.sequence_length
         steps = -(-stage.tokens // positions)
