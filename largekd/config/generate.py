@@ -1,9 +1,10 @@
 """What a model is asked to write, and how: the configuration of launch/generate.py."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from largekd.config.addresses import address_problems
 from largekd.config.common import Frozen
 from largekd.config.curation import CurationConfig
 from largekd.config.output import LogConfig
@@ -63,22 +64,66 @@ class EmbeddedBackendConfig(Frozen):
 
 
 class EndpointBackendConfig(Frozen):
-    """An OpenAI-compatible server (chat completions)."""
+    """An OpenAI-compatible server (chat completions). Rank 0 asks it; all limits are those of the whole job."""
 
     kind: Literal["endpoint"]
     url: str = Field(description="Base address, such as https://host/v1.")
     model: str = Field(description="Name that the server knows the model by.")
     key_variable: str | None = Field(None, description="Environment variable with the key; null: none is sent.")
     allow_remote: bool = Field(False, description="Send prompts to a server that is not on this machine.")
-    concurrency: int = Field(8, ge=1, description="Requests at the same time, over all ranks.")
-    requests_per_minute: float | None = Field(None, gt=0, description="Limit over all ranks; null: none.")
-    tokens_per_minute: float | None = Field(None, gt=0, description="Limit over all ranks; null: none.")
+    concurrency: int = Field(8, ge=1, le=1024, description="Requests at the same time.")
+    requests_per_minute: float | None = Field(None, gt=0, description="Limit, attempts that failed included.")
+    tokens_per_minute: float | None = Field(None, gt=0, description="Limit of prompt and written tokens together.")
     timeout_s: float = Field(120.0, gt=0, description="Seconds for one answer.")
     retries: int = Field(8, ge=0, description="Further attempts after 429, 5xx, a broken connection or answer.")
+    longest_pause_s: float = Field(60.0, gt=0, description="Attempts are no further apart, unless the server says so.")
+    stop_grace_s: float = Field(20.0, ge=0, description="Told to stop, wait this long for requests that are under way.")
     input_price: float = Field(0.0, ge=0, description="Cost of a million prompt tokens.")
     output_price: float = Field(0.0, ge=0, description="Cost of a million written tokens.")
     max_cost: float | None = Field(None, gt=0, description="Stop, saved, before this cost is exceeded; null: no limit.")
+    length_parameter: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="What the server calls the longest answer."
+    )
+    dialect: Literal["openai", "vllm"] = Field(
+        "openai",
+        description="vllm: the server takes top_k and min_p too; openai: sampling with them is refused.",
+    )
+    logprobs: bool = Field(False, description="Ask for log-probabilities, for the mean of an answer's tokens.")
+    omit: tuple[Literal["seed", "temperature", "top_p"], ...] = Field(
+        (), description="Parameters that are not sent, for a server that refuses them."
+    )
+    extra: dict[str, Any] = Field(default_factory=dict, description="Further fields of every request; nothing secret.")
     licence: str | None = Field(None, description="Licence or terms of the model's texts, for the data card.")
+
+    @field_validator("omit", mode="before")
+    @classmethod
+    def _from_list(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        problems = [
+            *address_problems(
+                self.url,
+                place="backend.url",
+                allow_remote=self.allow_remote,
+                allow_key="backend.allow_remote",
+                token_key="backend.key_variable",
+            ),
+            *(f"backend.extra.{name}: the job sets this itself" for name in sorted(_OWNED & self.extra.keys())),
+        ]
+        if self.max_cost is not None and not self.input_price and not self.output_price:
+            problems.append(f"backend.max_cost = {self.max_cost}: needs input_price and output_price")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+_OWNED = frozenset(
+    {"model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "logprobs"}
+    | {"temperature", "top_p", "top_k", "min_p", "stop", "seed"}
+)
+"""Fields of a request that come from other keys."""
 
 
 class VllmBackendConfig(Frozen):
@@ -87,6 +132,7 @@ class VllmBackendConfig(Frozen):
     kind: Literal["vllm"]
     model: str = Field(description="Hugging Face folder or hub name.")
     engine: dict[str, Any] = Field(default_factory=dict, description="Further arguments of vllm.LLM.")
+    batch_size: int = Field(256, ge=1, description="Answers that are handed to vLLM, and committed, together.")
     licence: str | None = Field(None, description="Licence of the model's texts, for the data card.")
 
 
