@@ -6,7 +6,10 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 USER_ERROR = 2
 
@@ -18,7 +21,9 @@ if importlib.util.find_spec("largekd") is None:
 class RunParser(argparse.ArgumentParser):
     """`--config FILE [key=value ...]`; options and overrides may come in any order."""
 
-    def __init__(self, *, description: str, usage: str) -> None:
+    def __init__(self, *, description: str, usage: str, record: "Callable[[], type[BaseModel]] | None" = None) -> None:
+        """record: gives the file's record for --help; None: a run's."""
+        self._record = record
         super().__init__(description=description, usage=usage, add_help=False, allow_abbrev=False)
         self.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file: train.seed=1")
         self.add_argument("--config", metavar="FILE", help="the run's YAML file, see recipes/README.md")
@@ -31,7 +36,8 @@ class RunParser(argparse.ArgumentParser):
         if given.help:
             from largekd.config.schema import key_reference
 
-            sys.stdout.write(f"{self.format_help()}\nkeys of the file, and of key=value:\n\n{key_reference()}\n")
+            keys = key_reference(self._record()) if self._record else key_reference()
+            sys.stdout.write(f"{self.format_help()}\nkeys of the file, and of key=value:\n\n{keys}\n")
             raise SystemExit(0)
         if given.config is None:
             self.error("--config FILE is missing")

@@ -34,6 +34,10 @@ class TopicSourceConfig(Frozen):
     tasks: tuple[str, ...] = Field(min_length=1, description="Kinds of task, such as 'explain', 'compare', 'rewrite'.")
     personas: tuple[str, ...] = Field((), description="Who asks; none: nobody in particular.")
     per_combination: int = Field(1, ge=1, description="Instructions of each combination.")
+    max_similarity: float = Field(
+        0.9, gt=0, le=1, description="Largest share of common words (Jaccard) with an earlier instruction."
+    )
+    template: str = Field("new_instruction", description="Template that asks for an instruction.")
 
 
 class SeedSourceConfig(Frozen):
@@ -41,8 +45,14 @@ class SeedSourceConfig(Frozen):
 
     kind: Literal["seeds"]
     path: str = Field(description="JSONL of seed instructions, column `instruction`.")
-    rows: int = Field(ge=1, description="Instructions to ask for.")
-    examples: int = Field(3, ge=1, description="Seeds that each prompt shows.")
+    rows: int = Field(ge=1, description="New instructions that are wanted.")
+    examples: int = Field(3, ge=1, description="Seeds and earlier results that each prompt shows.")
+    rounds: int = Field(4, ge=1, description="Rounds; in each one is asked for what is still missing.")
+    max_similarity: float = Field(
+        0.7, gt=0, le=1, description="Largest share of common words (Jaccard) with a seed or an earlier result."
+    )
+    template: str = Field("similar_instruction", description="Template that asks for a new instruction.")
+    licence: str | None = Field(None, description="Licence of the seeds, for the data card.")
 
 
 GenerateSourceConfig = Annotated[RowSourceConfig | TopicSourceConfig | SeedSourceConfig, Field(discriminator="kind")]
@@ -152,7 +162,10 @@ class PromptConfig(Frozen):
     system: str | None = Field(None, description="System message; null: the template's own, if any.")
     few_shot: str | None = Field(None, description="JSONL of worked examples (question, answer) that templates show.")
     few_shot_count: int = Field(3, ge=1, description="Examples that each prompt shows, drawn by the row.")
-    revise: bool = Field(False, description="A second turn: criticise the answer and write a better one.")
+    revise: bool = Field(False, description="A further turn: criticise the answer and write a better one.")
+    revise_template: str = Field("critique_and_revise", description="Template of that turn.")
+    turns: int = Field(1, ge=1, le=16, description="Answers in a conversation; between them the model plays the user.")
+    user_template: str = Field("user_turn", description="Template that asks for the user's next message.")
     variables: dict[str, str] = Field(default_factory=dict, description="Further values that templates may use.")
 
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -17,9 +17,17 @@ from largekd.config.run import RunConfig
 from largekd.config.schema import records_at
 from largekd.errors import ConfigError
 
+Record = TypeVar("Record", bound=BaseModel)
+
 
 def load_config(path: str | PurePath, *, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration in a YAML file, with overrides such as `train.max_steps=10` applied in order.
+    """The run's configuration in a YAML file, see `load_record`; keys that contradict each other are refused too."""
+    config = load_record(RunConfig, path=path, overrides=overrides)
+    return _checked(config, source=str(path))
+
+
+def load_record(record: type[Record], *, path: str | PurePath, overrides: Sequence[str] = ()) -> Record:
+    """The `record` in a YAML file, with overrides such as `train.max_steps=10` applied in order.
 
     An override's value is YAML: `a.b=[1, 2]`, `a.b=null`, `a.b="007"`; it replaces what was there, a mapping too.
     `a.0.b` reaches into a list. Interpolations (`${train.seed}`, `${oc.env:HOME}`) are resolved after the overrides.
@@ -27,25 +35,33 @@ def load_config(path: str | PurePath, *, overrides: Sequence[str] = ()) -> RunCo
     """
     tree = _read_yaml(Path(path))
     for override in overrides:
-        _apply(tree, override)
-    return _parse(_resolve(tree, source=str(path)), source=str(path))
+        _apply(tree, override, record=record)
+    return _parse(_resolve(tree, source=str(path)), record=record, source=str(path))
 
 
 def parse_config(mapping: Mapping[str, Any]) -> RunConfig:
     """The configuration in nested mappings, as a YAML file holds them. Errors: ConfigError."""
-    return _parse(mapping, source="configuration")
+    return _checked(parse_record(RunConfig, mapping=mapping), source="configuration")
 
 
-def _parse(mapping: Mapping[str, Any], *, source: str) -> RunConfig:
+def parse_record(record: type[Record], *, mapping: Mapping[str, Any]) -> Record:
+    """The `record` in nested mappings, as a YAML file holds them. Errors: ConfigError."""
+    return _parse(mapping, record=record, source="configuration")
+
+
+def _parse(mapping: Mapping[str, Any], *, record: type[Record], source: str) -> Record:
     try:
         # Strict JSON mode: lists become tuples, but no text becomes a number and no boolean a count.
-        text = json.dumps(_with_kind(mapping), default=_plain)
-        config = RunConfig.model_validate_json(text, strict=True)
+        text = json.dumps(_with_kind(mapping) if record is RunConfig else mapping, default=_plain)
+        return record.model_validate_json(text, strict=True)
     except (TypeError, RecursionError) as error:
         raise ConfigError(f"{source}: not plain data ({error}).") from error
     except ValidationError as error:
-        lines = problems(error, record=RunConfig, data=json.loads(text))
+        lines = problems(error, record=record, data=json.loads(text))
         raise ConfigError(_together(lines, source=source)) from None
+
+
+def _checked(config: RunConfig, *, source: str) -> RunConfig:
     found = check_config(config)
     if found:
         raise ConfigError(_together(found, source=source))
@@ -104,7 +120,7 @@ def _resolve(tree: dict[Any, Any], *, source: str) -> dict[Any, Any]:
     return resolved
 
 
-def _apply(tree: dict[Any, Any], override: str) -> None:
+def _apply(tree: dict[Any, Any], override: str, *, record: type[BaseModel]) -> None:
     name, equals, text = override.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
@@ -115,7 +131,7 @@ def _apply(tree: dict[Any, Any], override: str) -> None:
         known = ".".join(parts[: depth + 1])
         if child is None:
             child = {}
-        elif isinstance(child, str) and SourceConfig in records_at(RunConfig, parts[: depth + 1]):
+        elif isinstance(child, str) and SourceConfig in records_at(record, parts[: depth + 1]):
             child = {"path": child}
         elif not isinstance(child, dict | list):
             raise ConfigError(f"override {override!r}: {known} is {shown(child)}, which has no keys below it.")

@@ -57,10 +57,10 @@ def read_placements(config: RunConfig) -> Placements:
                 f"{key} = {path!r} sets zero_optimization.zero_hpz_partition_size: "
                 "DeepSpeed cannot build an engine without an optimizer with it. Take the key out of that file."
             )
-        teachers[key] = _with_swap_folder(teacher, f"{own}/teacher{index or ''}")
+        teachers[key] = with_swap_folder(teacher, f"{own}/teacher{index or ''}")
     if isinstance(config.teacher, EMATeacherConfig):
         _check_average(config, student=student, teacher=teachers["teacher.deepspeed"])
-    return Placements(teachers=teachers, student=_with_swap_folder(student, f"{own}/student"))
+    return Placements(teachers=teachers, student=with_swap_folder(student, f"{own}/student"))
 
 
 def _teacher_files(teacher: TeacherConfig) -> Iterator[tuple[str, str]]:
@@ -136,7 +136,7 @@ def _check_average(config: RunConfig, *, student: dict[str, Any], teacher: dict[
                 )
 
 
-def _with_swap_folder(placement: dict[str, Any], folder: str) -> dict[str, Any]:
+def with_swap_folder(placement: dict[str, Any], folder: str) -> dict[str, Any]:
     moved = deepcopy(placement)
     for name in _OFFLOADS:
         if offload_device(moved, name) == "nvme":

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
+from pydantic import BaseModel
 
 from largekd.config.problems import shown
 from largekd.config.run import RunConfig
@@ -26,12 +27,12 @@ _INTERPOLATION = re.compile(r"(\\*)\$\{")
 _ABSENT = object()
 
 
-def config_to_mapping(config: RunConfig) -> dict[str, Any]:
+def config_to_mapping(config: BaseModel) -> dict[str, Any]:
     """The configuration as nested dicts, lists, numbers and text, every default included."""
     return config.model_dump(mode="json")
 
 
-def render_config(config: RunConfig) -> str:
+def render_config(config: BaseModel) -> str:
     """The resolved configuration as YAML; loading it gives an equal configuration."""
     return OmegaConf.to_yaml(OmegaConf.create(_escaped(config_to_mapping(config))))
 

@@ -59,19 +59,19 @@ def run_keys(record: type[BaseModel] = RunConfig, *, prefix: str = "") -> Iterat
         yield from _merged([key for candidate in inner for key in run_keys(candidate, prefix=below)])
 
 
-def key_reference(*, width: int = 100) -> str:
+def key_reference(record: type[BaseModel] = RunConfig, *, width: int = 100) -> str:
     """All keys as text for a terminal, one group per top-level key; a record that appears again is referred to."""
     lines: list[str] = []
-    for group, field in RunConfig.model_fields.items():
+    for group, field in record.model_fields.items():
         inner = records_in(field.annotation)
         if not inner:
             lines += ["", *_entry(Key(group, _kind(field.annotation), _default(field), field.description or ""), width)]
             continue
-        for record in inner:
+        for part in inner:
             # One of several records is told by the only value that its first key may have.
-            title = group if len(inner) == 1 else f"{group}, kind {_kind(record.model_fields['kind'].annotation)}"
-            about = textwrap.wrap(f"{title}: {(record.__doc__ or '').strip()}", width=width, subsequent_indent="  ")
-            lines += ["", *about, *_record_lines(record, group=group, width=width)]
+            title = group if len(inner) == 1 else f"{group}, kind {_kind(part.model_fields['kind'].annotation)}"
+            about = textwrap.wrap(f"{title}: {(part.__doc__ or '').strip()}", width=width, subsequent_indent="  ")
+            lines += ["", *about, *_record_lines(part, group=group, width=width)]
     return "\n".join(lines[1:])
 
 
@@ -116,6 +116,12 @@ def json_schema() -> dict[str, Any]:
 def json_schema_text() -> str:
     """The content of recipes/schema.json."""
     return json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def record_schema_text(record: type[BaseModel]) -> str:
+    """JSON schema of another record than a run's, for editors."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | record.model_json_schema()
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
 
 def _merged(keys: Sequence[Key]) -> list[Key]:

@@ -59,7 +59,7 @@ def read_shard(path: Path) -> list[Answer]:
             f"{path}: the content is not what was written (its SHA-256 does not begin with {match['digest']}). Restore "
             "it from a copy, or move it away to have its answers written again."
         )
-    return [_answer(json.loads(line)) for line in data.decode().splitlines()]
+    return [_answer(json.loads(line)) for line in data.decode().split("\n") if line]
 
 
 def read_answers(folder: Path) -> Iterator[Answer]:

@@ -1,0 +1,100 @@
+"""Templates: Jinja files that turn a row into the messages of a conversation.
+
+A template has a block `user`, and may have a block `system`. Its variables are the row's `question`, `answer` and other
+columns, `prompts.variables`, `examples` (worked ones) and what a template's stage adds. Anything that is missing is an
+error; nothing of a row is ever taken for template code.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import BaseLoader, ChoiceLoader, FileSystemLoader, PackageLoader, StrictUndefined, Template, TemplateError
+from jinja2.exceptions import SecurityError, TemplateNotFound, UndefinedError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from largekd.curation.records import Message
+from largekd.errors import ConfigError, DataError
+
+SUFFIX = ".jinja"
+_PACKAGE_FOLDER = "templates"
+_ROLES = ("system", "user")
+
+
+def template_names() -> list[str]:
+    """The package's templates."""
+    folder = files("largekd.factory").joinpath(_PACKAGE_FOLDER)
+    return sorted(path.name.removesuffix(SUFFIX) for path in folder.iterdir() if path.name.endswith(SUFFIX))
+
+
+@dataclass(frozen=True)
+class Prompter:
+    """One template: `name` is what asks and reports call it, `digest` tells its text from others."""
+
+    name: str
+    digest: str
+    template: Template
+
+    def messages(self, variables: Mapping[str, Any], *, row: str, system: str | None = None) -> tuple[Message, ...]:
+        """The conversation for a row; `system` replaces the template's own system message.
+
+        Errors: DataError that names the template, the row and what is missing.
+        """
+        found = []
+        for role in _ROLES:
+            if role in self.template.blocks:
+                content = self._block(role, variables=variables, row=row)
+                if content:
+                    found.append({"role": role, "content": content})
+        if system is not None:
+            found = [message for message in found if message["role"] != "system"]
+            found.insert(0, {"role": "system", "content": system})
+        return tuple(found)
+
+    def _block(self, role: str, *, variables: Mapping[str, Any], row: str) -> str:
+        try:
+            context = self.template.new_context(dict(variables))
+            return "".join(self.template.blocks[role](context)).strip()
+        except UndefinedError as error:
+            raise DataError(
+                f"template {self.name!r}, row {row}: {error.message}. There is {', '.join(sorted(variables))}; name the "
+                "column in source, add a value to prompts.variables, or choose another template."
+            ) from error
+        except (TemplateError, SecurityError, TypeError, ValueError) as error:
+            raise DataError(f"template {self.name!r}, row {row}: {error}") from error
+
+
+def load_prompter(name: str, *, key: str) -> Prompter:
+    """A template of the package by its name, or of a .jinja file. Errors: ConfigError; `key` named it."""
+    loaders: list[BaseLoader] = [PackageLoader("largekd.factory", _PACKAGE_FOLDER)]
+    file = f"{name}{SUFFIX}"
+    if name.endswith(SUFFIX):
+        path = Path(name).expanduser()
+        file = path.name
+        loaders.insert(0, FileSystemLoader(path.parent))
+    environment = ImmutableSandboxedEnvironment(
+        loader=ChoiceLoader(loaders),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # The result is a prompt for a model, not a page: escaping would change it.
+        autoescape=False,
+    )
+    if name.endswith(SUFFIX) and not Path(name).expanduser().is_file():
+        raise ConfigError(f"{key}: there is no file {name}.")
+    try:
+        template = environment.get_template(file)
+        assert environment.loader is not None
+        source = environment.loader.get_source(environment, file)[0]
+    except TemplateNotFound as error:
+        known = ", ".join(template_names())
+        raise ConfigError(f"{key} = {name!r}: not a .jinja file, and not one of the package's: {known}.") from error
+    except (TemplateError, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key} = {name!r}: cannot be used as a template ({error}).") from error
+    if "user" not in template.blocks:
+        raise ConfigError(f"{key} = {name!r}: has no block `user`, which holds what the model is asked.")
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    return Prompter(file.removesuffix(SUFFIX), digest, template)
