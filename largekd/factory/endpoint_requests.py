@@ -71,15 +71,16 @@ class ChatRequests:
                 failure = error
             else:
                 return self._received(ask, answer=answer, cost=cost)
-            attempt += 1
             if halted.is_set():
                 return None
+            pause_s = self._pause_s(failure, attempt=attempt)
+            attempt += 1
             if attempt > self._config.retries:
                 if not self._is_turned_away(failure, before=before):
                     reason = f"{attempt} attempts, the last one: {self._client.shown(str(failure))}"
                     return _failed(ask, reason=reason, cost=cost)
                 attempt, before = 1, self._answered
-            if halted.wait(self._pause_s(failure, attempt=attempt - 1)) or not self._meter.reserve(ask):
+            if halted.wait(pause_s) or not self._meter.reserve(ask):
                 return None
 
     def _exchange(self, ask: Ask, *, unusable: int) -> ChatAnswer:
