@@ -278,7 +278,7 @@ def test_one_that_is_turned_away_while_others_are_served_goes_on(tmp_path):
             return as_json({}, status=429)
         return good
 
-    asks = make_asks(400)
+    asks = make_asks(100)
     with chat_server(misbehave) as server:
         found = write_all(server.url, tmp_path, asks, retries=1, concurrency=3, longest_pause_s=0.05)
     assert texts(found, asks) == right_texts(asks) and len(turned) == 6
