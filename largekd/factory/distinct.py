@@ -10,9 +10,9 @@ _WORD = re.compile(r"\w+")
 class Distinct:
     """Accepts a text unless its words have a Jaccard similarity above the limit with those of an accepted one.
 
-    Prefix filtering (Chaudhuri, Ganti, Kaushik, "A primitive operator for similarity joins", ICDE 2006): two sets of
-    similarity above the limit share a word among the first `n − ceil(limit · n) + 1` of each in any fixed order, so only
-    texts that share such a word are compared.
+    Prefix filtering (Chaudhuri, Ganti, Kaushik, "A primitive operator for similarity joins", ICDE 2006): sets that
+    are more alike than the limit share a word among the first `n − ceil(limit · n) + 1` of each in any fixed order, so
+    only texts that share such a word are compared.
     """
 
     def __init__(self, *, max_similarity: float) -> None:

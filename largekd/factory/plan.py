@@ -27,7 +27,7 @@ _LEAD = re.compile(r"^\s*(?:(?:new )?(?:task|instruction|question)\s*:|\d+[.)])\
 
 @dataclass(frozen=True)
 class Stage:
-    """`given`: answers that need no model, such as those of conversations that an earlier stage could not go on with."""
+    """`given`: answers that need no model: those of conversations that an earlier stage could not go on with."""
 
     name: str
     asks: list[Ask]
@@ -199,9 +199,9 @@ def _revision(talks: Sequence[_Talk], *, asker: Asker, lost: Sequence[Answer]) -
     for talk in talks:
         item = talk.ask.item
         more = prompter.messages(asker.variables(item), row=item.id)
-        messages = (*talk.ask.messages, *(message for message in more if message["role"] == "user"))
+        said = [*talk.ask.messages, *(message for message in more if message["role"] == "user")]
         template = f"{talk.template}+{prompter.name}"
-        asks.append(asker.ask(item, template=template, sample=talk.ask.sample, messages=messages, stage="revise"))
+        asks.append(asker.ask(item, template=template, sample=talk.ask.sample, messages=said, stage="revise"))
     return Stage("", asks, is_last=True, given=tuple(lost))
 
 

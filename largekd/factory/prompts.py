@@ -60,8 +60,8 @@ class Prompter:
             return "".join(self.template.blocks[role](context)).strip()
         except UndefinedError as error:
             raise DataError(
-                f"template {self.name!r}, row {row}: {error.message}. There is {', '.join(sorted(variables))}; name the "
-                "column in source, add a value to prompts.variables, or choose another template."
+                f"template {self.name!r}, row {row}: {error.message}. There is {', '.join(sorted(variables))}; name "
+                "the column in source, add a value to prompts.variables, or choose another template."
             ) from error
         except (TemplateError, SecurityError, TypeError, ValueError) as error:
             raise DataError(f"template {self.name!r}, row {row}: {error}") from error

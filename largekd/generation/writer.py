@@ -1,27 +1,22 @@
 """Writing answers with a sharded model, through transformers' own generation with its key-value cache."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from largekd.errors import ConfigError
+from largekd.generation.gathering import Gather, fitting, possible
 from largekd.generation.sampling import DrawRule, Seed, SeededDraws
-from largekd.models.replica import is_copyable, whole_bytes, whole_copy
-from largekd.runtime.ranks import Ranks, all_agree
+from largekd.models.replica import whole_copy
+from largekd.runtime.ranks import Ranks
 
-logger = logging.getLogger(__name__)
-
-_ROOM = 2.0
-"""Free memory that `auto` asks for, in times of the whole weights: keys and values take some too."""
+_KEY = "rollouts.gather"
 
 
 @dataclass(frozen=True)
@@ -79,16 +74,14 @@ class Writer:
         stops: StopTokens,
         max_new_tokens: int,
         batch_size: int,
-        gather: Literal["whole", "streamed", "auto"],
+        gather: Gather,
         device: torch.device,
         ranks: Ranks,
     ) -> None:
         assert stops.ends, "without end tokens transformers would take those of the model's configuration"
         self._model, self._rule, self._stops, self._device, self._ranks = model, rule, stops, device, ranks
         self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
-        self._gather = gather
-        if gather != "streamed" and not is_copyable(model):
-            self._gather = self._without_copy()
+        self._gather = possible(model, gather=gather, key=_KEY, ranks=ranks)
 
     def write(self, questions: Sequence[Question], *, calls: int, beat: Callable[[], None]) -> list[Answer]:
         """Answers in the order of the questions, `batch_size` at a time. A collective call.
@@ -116,7 +109,7 @@ class Writer:
     def _ready(self) -> Iterator[tuple[PreTrainedModel, bool]]:
         """The model that writes, and whether its ranks must take every step together."""
         if self._gather == "auto":
-            self._gather = self._fitting()
+            self._gather = fitting(self._model, key=_KEY, device=self._device, ranks=self._ranks)
         if self._gather == "whole":
             with whole_copy(self._model, device=self._device) as copy:
                 yield copy, False
@@ -127,30 +120,6 @@ class Writer:
             yield self._model, self._ranks.world_size > 1
         finally:
             self._model.train(was_training)
-
-    def _without_copy(self) -> Literal["streamed"]:
-        name = type(self._model).__name__
-        if self._gather == "whole":
-            raise ConfigError(
-                f"rollouts.gather = whole: a {name} with modules that its config.json does not name cannot be copied; "
-                "choose rollouts.gather=streamed."
-            )
-        if self._ranks.is_main:
-            logger.info("rollouts.gather = auto: shards, for config.json does not describe all of this %s", name)
-        return "streamed"
-
-    def _fitting(self) -> Literal["whole", "streamed"]:
-        """whole where every rank has room for it; decided once."""
-        needed = whole_bytes(self._model)
-        if self._device.type == "cpu":
-            free = psutil.virtual_memory().available // self._ranks.local_world_size
-        else:
-            free = torch.get_device_module(self._device).mem_get_info()[0]
-        fits = all_agree(_ROOM * needed <= free)
-        if self._ranks.is_main:
-            how = "a whole copy of the weights" if fits else "shards, gathered for every token"
-            logger.info("rollouts.gather = auto: %s (%.2f GB whole, %.2f GB free)", how, needed / 1e9, free / 1e9)
-        return "whole" if fits else "streamed"
 
     def _batch(self, questions: Sequence[Question], *, model: PreTrainedModel, together: bool) -> list[Answer]:
         width = max(len(question.ids) for question in questions)

@@ -1,0 +1,192 @@
+"""The job: what is missing is written, and what is written is committed.
+
+Asks are dealt one by one from a list that all ranks agree on, so that a fast rank writes more; each rank commits its
+answers as shards of its own. What is in a shard is never written again, by whatever number of ranks. A rank that is
+killed loses what it had not committed: at most `output.commit_s` seconds and `output.shard_rows` answers.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from largekd.config.generate import GenerateConfig
+from largekd.curation.answer_shards import Answer, next_number, read_answers, read_shard, shard_paths, write_shard
+from largekd.curation.records import Ask, Written
+from largekd.factory.backends import Backend
+from largekd.factory.plan import Plan, Stage
+from largekd.factory.tally import Tally
+from largekd.runtime.counters import LooseRanks
+from largekd.runtime.faults import fault_point
+from largekd.runtime.files import TEMPORARY_PREFIX
+from largekd.runtime.ranks import Ranks, Together, broadcast_object, gather_objects
+from largekd.runtime.shutdown import StopSignal
+
+logger = logging.getLogger(__name__)
+
+# Prompts of about the same length are written together; a finer order would gain nothing.
+_BUCKET_CHARACTERS = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """All ranks call `run` together. backend: None on a rank that does not write, because rank 0 alone does.
+    group: for agreements after long work, with a time-out of its own."""
+
+    config: GenerateConfig
+    folder: Path
+    backend: Backend | None
+    ranks: Ranks
+    stop: StopSignal
+    group: dist.ProcessGroup | None = None
+
+    def run(self, plan: Plan) -> bool:
+        """Whether every stage is whole; False: told to stop, or the backend ended early. Errors: LargeKDError."""
+        stage: Stage | None = None
+        with Together(group=self.group):
+            stage = next(plan)
+        while stage is not None:
+            if not self._write(stage):
+                return False
+            if stage.is_last:
+                return True
+            with Together(group=self.group):
+                answers = {written.key: written for _, written in read_answers(self.folder / stage.folder)}
+                stage = plan.send(answers)
+        return True
+
+    def _write(self, stage: Stage) -> bool:
+        folder = self.folder / stage.folder
+        with Together(group=self.group):
+            if self.ranks.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                for left in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                    left.unlink()
+        done = self._done(folder)
+        first = int(broadcast_object(next_number(folder), group=self.group))
+        missing = _in_order({ask.key: ask for ask in stage.asks if ask.key not in done}.values())
+        given = [answer for answer in stage.given if answer.written.key not in done]
+        committer = Committer(
+            folder=folder,
+            numbers=(first + self.ranks.rank, self.ranks.world_size),
+            rows=self.config.output.shard_rows,
+            seconds=self.config.output.commit_s,
+            rank=self.ranks.rank,
+        )
+        with Together(group=self.group):
+            if self.ranks.is_main:
+                committer.add_all(given)
+        loose = LooseRanks(
+            ranks=self.ranks, stop=self.stop, silent_s=self.config.collective_timeout_s, group=self.group
+        )
+        tally = Tally(
+            counters=loose.counters,
+            label=stage.name or "answers",
+            total=len(stage.asks),
+            done=len(stage.asks) - len(missing),
+            show=self.ranks.is_main and self.config.log.progress,
+        )
+        with loose:
+            self._answer(missing, loose=loose, committer=committer, tally=tally)
+        tally.close()
+        if not loose.finished:
+            return False
+        done = self._done(folder)
+        return all(ask.key in done for ask in stage.asks)
+
+    def _done(self, folder: Path) -> set[str]:
+        """The keys in the folder's shards; the ranks share the reading out. A collective call."""
+        keys: list[str] = []
+        with Together(group=self.group):
+            for path in shard_paths(folder)[self.ranks.rank :: self.ranks.world_size]:
+                keys += [answer.written.key for answer in read_shard(path)]
+        return {key for part in gather_objects(keys, group=self.group) for key in part}
+
+    def _answer(self, missing: Sequence[Ask], *, loose: LooseRanks, committer: "Committer", tally: Tally) -> None:
+        if self.backend is None:
+            return
+        taken: dict[str, Ask] = {}
+
+        def dealt() -> Iterator[Ask]:
+            while not loose.stopping() and (place := loose.counters.add("dealt") - 1) < len(missing):
+                taken[missing[place].key] = missing[place]
+                yield missing[place]
+
+        def stopping() -> bool:
+            # The backend asks often, so that what is finished is committed in time also while nothing new ends.
+            committer.commit_if_due()
+            return loose.stopping()
+
+        try:
+            for written in self.backend.write(dealt(), stopping=stopping):
+                committer.add(Answer(taken.pop(written.key), written))
+                tally.add(written)
+        finally:
+            # Also after an error: what was written was paid for.
+            committer.commit()
+
+
+class Committer:
+    """Collects a rank's answers and commits them as shards: `rows` at a time, or after `seconds`."""
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        numbers: tuple[int, int],
+        rows: int,
+        seconds: float,
+        rank: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """numbers: that of the first shard, and the distance to the next."""
+        self._folder, self._rows, self._seconds, self._rank, self._clock = folder, rows, seconds, rank, clock
+        self._number, self._distance = numbers
+        self._waiting: list[Answer] = []
+        self._since = clock()
+
+    def add(self, answer: Answer) -> None:
+        """Take an answer; it is safe after the next commit."""
+        if not self._waiting:
+            self._since = self._clock()
+        self._waiting.append(answer)
+        self.commit_if_due()
+
+    def add_all(self, answers: Iterable[Answer]) -> None:
+        """Take many."""
+        for answer in answers:
+            self.add(answer)
+        self.commit()
+
+    def commit_if_due(self) -> None:
+        """Commit when there are enough answers, or the oldest has waited long enough."""
+        if len(self._waiting) >= self._rows or (self._waiting and self._clock() - self._since >= self._seconds):
+            self.commit()
+
+    def commit(self) -> None:
+        """Commit what there is. Errors: OSError."""
+        if not self._waiting:
+            return
+        fault_point("generate:before_shard", rank=self._rank, step=self._number)
+        write_shard(self._folder, number=self._number, answers=self._waiting)
+        fault_point("generate:after_shard", rank=self._rank, step=self._number)
+        self._waiting = []
+        self._number += self._distance
+
+
+def _in_order(asks: Iterable[Ask]) -> list[Ask]:
+    """Long prompts first: a batch then holds prompts of about one length, and what is left for the end is short."""
+
+    def length(ask: Ask) -> int:
+        return sum(len(message["content"]) for message in ask.messages) // _BUCKET_CHARACTERS
+
+    return sorted(asks, key=lambda ask: (-length(ask), ask.key))
+
+
+def failed(ask: Ask, *, reason: str, prompt_tokens: int = 0) -> Written:
+    """The answer of an ask that cannot be answered."""
+    empty = Written(ask.key, "", "failed", prompt_tokens, 0)
+    return replace(empty, failure=reason)
