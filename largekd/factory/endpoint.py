@@ -5,10 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from largekd.config.generate import EndpointBackendConfig, SamplingConfig
+from largekd.curation.answer_shards import read_shard, shard_paths
 from largekd.curation.records import Ask, Written
 from largekd.errors import ConfigError, LargeKDError
 from largekd.factory.cost import CostMeter, estimated_usage
@@ -25,9 +27,9 @@ logger = logging.getLogger(__name__)
 class EndpointBackend:
     """Writes with a server; see factory.backends.Backend. Only rank 0 builds one.
 
-    folder: the job's, which holds the journal of what was received. committed: whether an answer is in the job's
-    shards. An answer is on the disk as soon as it has come, before the job commits it: a process that is killed loses
-    the requests that are under way, and no more. Errors: ConfigError.
+    folder: the job's, with its shards and with the journal of what was received; an earlier job has been moved aside.
+    An answer is on the disk as soon as it has come, before the job commits it: a process that is killed loses the
+    requests that are under way, and no more. Errors: ConfigError; DataError for damaged shards.
     """
 
     only_main = True
@@ -38,7 +40,6 @@ class EndpointBackend:
         *,
         sampling: SamplingConfig,
         folder: Path,
-        committed: Callable[[str], bool],
     ) -> None:
         check_sampling(config, sampling=sampling)
         self._config, self._sampling = config, sampling
@@ -51,7 +52,7 @@ class EndpointBackend:
             timeout_s=config.timeout_s,
             connections=config.concurrency + 1,
         )
-        self._journal = Journal(folder / JOURNAL, committed=committed)
+        self._journal = Journal(folder / JOURNAL, committed=partial(committed_keys, folder))
         self.meter = CostMeter(config, spent=self._journal.spent)
         self._requests = ChatRequests(config, client=self._client, journal=self._journal, meter=self.meter)
 
@@ -203,6 +204,12 @@ class _Flight:
         except BaseException as error:
             future.set_exception(error)
             raise
+
+
+def committed_keys(folder: Path) -> set[str]:
+    """The keys of all answers in a job's shards, those of its stages too. Errors: DataError."""
+    folders = {path.parent for path in folder.rglob("shard_*.jsonl")}
+    return {answer.written.key for one in folders for path in shard_paths(one) for answer in read_shard(path)}
 
 
 def check_sampling(config: EndpointBackendConfig, *, sampling: SamplingConfig) -> None:

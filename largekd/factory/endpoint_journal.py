@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -33,11 +33,12 @@ class _Entry(NamedTuple):
 class Journal:
     """Answers that were received and are perhaps not in a shard yet. One process at a time has it open.
 
-    committed: whether the job has an answer in its shards. `spent`: cost of everything before it was opened. A line
-    that a crash cut off is dropped; lines that are damaged otherwise are told in the log.
+    committed: the keys of all answers that are in the job's shards; asked when it is opened and closed, if it holds an
+    answer. `spent`: cost of everything before it was opened. A line that a crash cut off is dropped; lines that are
+    damaged otherwise are told in the log.
     """
 
-    def __init__(self, path: Path, *, committed: Callable[[str], bool]) -> None:
+    def __init__(self, path: Path, *, committed: Callable[[], Collection[str]]) -> None:
         self._path, self._committed, self._lock = path, committed, threading.Lock()
         path.parent.mkdir(parents=True, exist_ok=True)
         entries = self._compact()
@@ -71,9 +72,11 @@ class Journal:
 
     def _compact(self) -> list[_Entry]:
         """What is left, written anew: one entry of carried cost, and the answers that are in no shard."""
+        found = self._read()
+        committed = self._committed() if any(entry.written is not None for entry in found) else ()
         carried, kept = 0.0, []
-        for entry in self._read():
-            if entry.written is None or self._committed(entry.key):
+        for entry in found:
+            if entry.written is None or entry.key in committed:
                 carried += entry.cost
             else:
                 kept.append(entry)

@@ -12,6 +12,7 @@ from typing import Any
 from teachers.remote_fakes import Fake, Reply, as_json, fake_server
 
 from largekd.config.generate import EndpointBackendConfig, SamplingConfig
+from largekd.curation.answer_shards import Answer, write_shard
 from largekd.curation.records import Ask, Draw, Item, Written
 from largekd.factory.endpoint import EndpointBackend
 
@@ -89,10 +90,14 @@ def make_config(url: str, **change: Any) -> EndpointBackendConfig:
     return EndpointBackendConfig(**({"kind": "endpoint", "url": url, "model": "m"} | change))
 
 
-def open_backend(
-    url: str, folder: Path, *, committed: Callable[[str], bool] = lambda key: False, **change: Any
-) -> EndpointBackend:
-    return EndpointBackend(make_config(url, **change), sampling=SamplingConfig(), folder=folder, committed=committed)
+def open_backend(url: str, folder: Path, **change: Any) -> EndpointBackend:
+    return EndpointBackend(make_config(url, **change), sampling=SamplingConfig(), folder=folder)
+
+
+def commit(folder: Path, asks: list[Ask], found: dict[str, Written], *, number: int = 0) -> None:
+    """What a job does with answers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_shard(folder, number=number, answers=[Answer(ask, found[ask.key]) for ask in asks if ask.key in found])
 
 
 def write_all(

@@ -11,6 +11,7 @@ from factory.chat_fakes import (
     PROMPT_TOKENS,
     WRITTEN_TOKENS,
     chat_server,
+    commit,
     completion,
     make_ask,
     make_asks,
@@ -296,7 +297,9 @@ def test_the_cost_limit_is_not_exceeded_and_holds_over_starts(tmp_path, caplog):
         assert "backend.max_cost = 317: another request might exceed it" in caplog.text
         left = [ask for ask in asks if ask.key not in found]
         # Committed or not, what was spent is remembered.
-        assert write_all(server.url, tmp_path, left, **PRICES, max_cost=limit, committed=lambda key: True) == {}
+        assert write_all(server.url, tmp_path, left, **PRICES, max_cost=limit) == {}
+        commit(tmp_path / "raw", asks, found)
+        assert write_all(server.url, tmp_path, left, **PRICES, max_cost=limit) == {}
         rest = write_all(server.url, tmp_path, left, **PRICES, max_cost=most + 30 * COST)
     assert len(found | rest) == 30 and set(server.completed.values()) == {1}
     assert sum(written.cost for written in (found | rest).values()) == 30 * COST
@@ -390,9 +393,9 @@ def test_what_the_dialect_has_no_word_for_is_refused(tmp_path):
     config = make_config("http://127.0.0.1:9")
     for sampling, name in ((SamplingConfig(top_k=5), "top_k"), (SamplingConfig(min_p=0.1), "min_p")):
         with pytest.raises(ConfigError, match=f"sampling.{name}"):
-            EndpointBackend(config, sampling=sampling, folder=tmp_path, committed=lambda key: False)
+            EndpointBackend(config, sampling=sampling, folder=tmp_path)
         other = make_config("http://127.0.0.1:9", dialect="vllm")
-        EndpointBackend(other, sampling=sampling, folder=tmp_path, committed=lambda key: False).close()
+        EndpointBackend(other, sampling=sampling, folder=tmp_path).close()
 
 
 def test_the_identity_is_what_decides_the_texts_and_nothing_secret(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import threading
 from dataclasses import asdict
 
 import pytest
-from factory.chat_fakes import chat_server, make_ask, make_asks, make_config, write_all
+from factory.chat_fakes import chat_server, commit, make_ask, make_asks, make_config, write_all
 
 from largekd.curation.records import Written
 from largekd.factory.cost import CostMeter, Usage, estimated_usage, largest_usage
@@ -121,7 +121,7 @@ def written(key, text="text"):
 
 def test_a_journal_gives_back_what_no_shard_has_and_remembers_all_costs(tmp_path):
     path, committed = tmp_path / "sub" / "journal", set()
-    journal = Journal(path, committed=committed.__contains__)
+    journal = Journal(path, committed=lambda: committed)
     for number in range(4):
         journal.put(f"k{number}", cost=1.0, written=written(f"k{number}", "line\nline\u2028\ud83d"))
     journal.put("k0", cost=0.25, written=None)
@@ -130,13 +130,13 @@ def test_a_journal_gives_back_what_no_shard_has_and_remembers_all_costs(tmp_path
     journal.close()
     with pytest.raises(OSError, match="closed"):
         journal.put("late", cost=1.0, written=None)
-    again = Journal(path, committed=committed.__contains__)
+    again = Journal(path, committed=lambda: committed)
     assert again.spent == 4.25
     assert asdict(again.received("k0") or written("")) == asdict(written("k0", "line\nline\u2028\ud83d"))
     assert again.received("k1") is None and again.received("k3") is not None
     again.close()
     committed |= {"k0", "k3"}
-    last = Journal(path, committed=committed.__contains__)
+    last = Journal(path, committed=lambda: committed)
     last.close()
     last.close()
     assert last.spent == 4.25 and len(path.read_text().splitlines()) == 1
@@ -144,29 +144,29 @@ def test_a_journal_gives_back_what_no_shard_has_and_remembers_all_costs(tmp_path
 
 def test_a_line_that_a_crash_cut_costs_that_line_alone(tmp_path, caplog):
     path = tmp_path / "journal"
-    journal = Journal(path, committed=lambda key: False)
+    journal = Journal(path, committed=set)
     journal.put("a", cost=1.0, written=written("a"))
     journal.close()
     whole = path.read_bytes()
     for cut in [*range(1, len(whole), 13), len(whole) - 1]:
         path.write_bytes(whole[:cut])
-        opened = Journal(path, committed=lambda key: False)
+        opened = Journal(path, committed=set)
         opened.put("b", cost=1.0, written=written("b"))
         opened.close()
-        found = Journal(path, committed=lambda key: False)
+        found = Journal(path, committed=set)
         assert found.received("b") == written("b")
         assert found.received("a") is None and found.spent == 1.0
         found.close()
     assert "damaged" not in caplog.text
     lines = whole.split(b"\n")
     path.write_bytes(b"\n".join([lines[0], lines[1].replace(b"text", b"tamp"), *lines[2:]]))
-    opened = Journal(path, committed=lambda key: False)
+    opened = Journal(path, committed=set)
     assert opened.received("a") is None and "1 damaged lines" in caplog.text
     opened.close()
 
 
 def test_lines_of_several_threads_stay_whole(tmp_path):
-    journal = Journal(tmp_path / "journal", committed=lambda key: False)
+    journal = Journal(tmp_path / "journal", committed=set)
 
     def put(name):
         for number in range(20):
@@ -178,7 +178,7 @@ def test_lines_of_several_threads_stay_whole(tmp_path):
     for thread in threads:
         thread.join()
     journal.close()
-    again = Journal(tmp_path / "journal", committed=lambda key: False)
+    again = Journal(tmp_path / "journal", committed=set)
     assert again.spent == 80 and all(again.received(f"{name}-19") for name in "abcd")
     again.close()
 
@@ -212,6 +212,8 @@ def test_a_killed_process_pays_twice_for_no_more_than_was_under_way(tmp_path, re
         assert server.completed.total() <= 30 + 9
         before = server.completed.total()
         # And with everything committed nothing is left to ask or to keep.
-        assert write_all(server.url, tmp_path, [], committed=lambda key: True) == {}
+        commit(tmp_path / "turns" / "answer_0", asks[:9], found)
+        commit(tmp_path / "raw", asks[9:], found)
+        assert write_all(server.url, tmp_path, []) == {}
         assert server.completed.total() == before
     assert len((tmp_path / JOURNAL).read_text().splitlines()) == 1
