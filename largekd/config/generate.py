@@ -17,8 +17,10 @@ class RowSourceConfig(Frozen):
     path: str = Field(description="File, folder or glob of .jsonl/.json/.csv/.parquet, or a hub data set's name.")
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
     split: str = Field("train", description="Split of a hub data set.")
-    question: str = Field("question", description="Column with the question or instruction.")
-    answer: str | None = Field(None, description="Column with the right answer, for verification; null: there is none.")
+    question: str = Field("question", description="Column with the question or instruction, or with chat messages.")
+    answer: str | None = Field(
+        None, description="Column with the right answer, or with chat messages; null: there is none."
+    )
     tests: str | None = Field(None, description="Column with unit tests (Python), for programs.")
     id: str | None = Field(None, description="Column that names a row; null: a hash of its content.")
     skip_rows: int = Field(0, ge=0, description="Leave out this many rows at the beginning.")

@@ -52,7 +52,7 @@ def open_folder(folder: Path, *, config: RunConfig, ranks: Ranks) -> dict[str, A
 
 def _open(folder: Path, *, config: RunConfig, ranks: Ranks) -> dict[str, Any] | None:
     if config.run.fresh:
-        _move_aside(folder)
+        move_aside(folder, key="run.fresh")
     _check_same_run(folder, config=config)
     summary = _finished(folder, config=config)
     if summary is None:
@@ -80,7 +80,8 @@ def _length(config: RunConfig) -> dict[str, int | None]:
     return {"max_steps": config.train.max_steps, "max_epochs": config.train.max_epochs}
 
 
-def _move_aside(folder: Path) -> None:
+def move_aside(folder: Path, *, key: str) -> None:
+    """Leave the folder empty: what it holds goes to a new folder next to it. `key` asked for it."""
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".lock")]
     if not entries:
         return
@@ -88,7 +89,7 @@ def _move_aside(folder: Path) -> None:
     aside.mkdir()
     for entry in entries:
         shutil.move(entry, aside / entry.name)
-    logger.warning("run.fresh: the earlier run was moved to %s", aside)
+    logger.warning("%s: what was there was moved to %s", key, aside)
 
 
 def _check_same_run(folder: Path, *, config: RunConfig) -> None:

@@ -9,10 +9,10 @@ from largekd.curation.records import Ask, Written
 class Backend(Protocol):
     """Writes answers: a model of this job, a server, vLLM.
 
-    Who calls. Where `only_main` is true, rank 0 alone builds a backend and writes, and the others wait: a server's limits of requests,
-    tokens and cost are then counted in one place, and `concurrency` is what the server sees. Where it is false every
-    rank calls `write` once, at the same time, and a backend whose ranks must step together agrees with the others
-    inside it, also on having no ask left and on stopping.
+    Who calls. Where `only_main` is true, rank 0 alone builds a backend and writes, and the others wait: a server's
+    limits of requests, tokens and cost are then counted in one place, and `concurrency` is what the server sees. Where
+    it is false every rank calls `write` once, at the same time, and a backend whose ranks must step together agrees
+    with the others inside it, also on having no ask left and on stopping.
 
     What is written. `write` takes asks from the iterator when it has room for them, one at a time, never more than it
     can work at: an ask that was taken is this rank's, and no other rank gets it. For each ask it yields one `Written`

@@ -1,7 +1,7 @@
 """A model of this job as the writer: loaded in shards, written with by continuous batching."""
 
 import gc
-import logging
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -22,6 +22,7 @@ from largekd.data.vocabulary import load_tokenizer, tokenizer_fingerprint
 from largekd.engine.ds_config import frozen_ds_config
 from largekd.engine.frozen import FrozenEngine
 from largekd.errors import ConfigError
+from largekd.factory.chat import chat_text
 from largekd.factory.job import failed
 from largekd.generation.continuous import ContinuousWriter, Finished, Prompt
 from largekd.generation.gathering import fitting, possible
@@ -34,8 +35,6 @@ from largekd.models.replica import whole_copy
 from largekd.models.source import find_model
 from largekd.runtime.ranks import Ranks, Together
 from largekd.sharding.accelerator import device
-
-logger = logging.getLogger(__name__)
 
 _KEY = "backend"
 
@@ -89,17 +88,8 @@ class EmbeddedBackend:
         }
 
     def show(self, ask: Ask) -> str:
-        """The conversation by the model's chat template; without one, the messages' texts with blank lines between.
-
-        Errors: jinja2.TemplateError for a conversation that the template refuses.
-        """
-        if not self._tokenizer.chat_template:
-            return "\n\n".join(message["content"] for message in ask.messages)
-        text = self._tokenizer.apply_chat_template(
-            [dict(message) for message in ask.messages], tokenize=False, add_generation_prompt=True
-        )
-        assert isinstance(text, str)
-        return text
+        """See chat_text."""
+        return chat_text(ask, tokenizer=self._tokenizer)
 
     def count(self, ask: Ask) -> int:
         """Tokens of the prompt."""
@@ -196,7 +186,8 @@ class EmbeddedBackend:
         train = TrainConfig(
             max_steps=1, global_batch_size=1, micro_batch_size=1, sequence_length=2, precision=config.precision
         )
-        placement = with_swap_folder(self._placement, f"{self._folder.name}-{abs(hash(str(self._folder))):x}/writer")
+        own = f"{self._folder.name}-{hashlib.sha256(str(self._folder).encode()).hexdigest()[:8]}"
+        placement = with_swap_folder(self._placement, f"{own}/writer")
         ds_config = frozen_ds_config(placement, train=train, world_size=ranks.world_size)
         model = build_model(
             self._source.config,

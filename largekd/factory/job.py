@@ -8,6 +8,7 @@ killed loses what it had not committed: at most `output.commit_s` seconds and `o
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -89,9 +90,8 @@ class Job:
             done=len(stage.asks) - len(missing),
             show=self.ranks.is_main and self.config.log.progress,
         )
-        with loose:
+        with closing(tally), loose:
             self._answer(missing, loose=loose, committer=committer, tally=tally)
-        tally.close()
         if not loose.finished:
             return False
         done = self._done(folder)

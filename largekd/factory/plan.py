@@ -185,9 +185,12 @@ def _users(
             key = talk.ask.key
             lost.append(Answer(talk.ask, replace(written, key=key, text="", finish="failed", failure=reason)))
             continue
-        said = (*talk.ask.messages, _says("user", written.text.strip()))
         talk.ask = asker.ask(
-            talk.ask.item, template=talk.template, sample=talk.ask.sample, messages=said, stage=f"answer_{turn + 1}"
+            talk.ask.item,
+            template=talk.template,
+            sample=talk.ask.sample,
+            messages=(*talk.ask.messages, _says("user", written.text.strip())),
+            stage=f"answer_{turn + 1}",
         )
         found.append(talk)
     return found

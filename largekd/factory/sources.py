@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,10 @@ def _item(row: Mapping[str, Any], *, source: RowSourceConfig, number: int) -> It
             what = "is empty in" if column in row else "is missing in"
             raise DataError(f"source.{key} = {column!r}: the column {what} row {number} of {source.path} ({have}).")
         value = row[column]
+        if isinstance(value, list) and all(isinstance(message, dict) and "role" in message for message in value):
+            value = _of_conversation(value, role="user" if key == "question" else "assistant")
+            if value is None:
+                raise DataError(f"source.{key} = {column!r}: row {number} of {source.path} has no such message.")
         return _clean(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str))
 
     question = text(source.question, "question")
@@ -98,6 +102,11 @@ def _item(row: Mapping[str, Any], *, source: RowSourceConfig, number: int) -> It
     fields = {name: _plain(value) for name, value in row.items() if name not in named and value is not None}
     answer, tests, own = text(source.answer, "answer"), text(source.tests, "tests"), text(source.id, "id")
     return Item(own or content_id(question, answer or "", tests or ""), question, answer, tests, fields)
+
+
+def _of_conversation(messages: Sequence[Mapping[str, Any]], *, role: str) -> str | None:
+    """A chat record's question is its first message of the user, its answer the next of the assistant."""
+    return next((message.get("content") for message in messages if message["role"] == role), None)
 
 
 def content_id(*parts: str) -> str:

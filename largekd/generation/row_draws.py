@@ -36,7 +36,8 @@ class Drawn:
     """ids_B; logp_B, their log-probabilities at temperature 1 over all ids; margin_B.
 
     The margin of temperature 0 is the gap between the two largest logits; else the distance, in cumulative mass, of the
-    uniform number from the nearer end of the drawn token's interval, or of a cut from the entry next to it if nearer.
+    uniform number from the nearer end of the drawn token's interval; or, if nearer, how far a cut is from taking one
+    entry more or less: in mass for top_p, in log-probability for top_k and min_p.
     """
 
     ids_B: Tensor
@@ -116,7 +117,8 @@ def _kept(sorted_BK: Tensor, rules: Sequence[RowRule]) -> tuple[Tensor, Tensor]:
     in_k_BK = place_1K < top_k_B1
     # The k-th and the next one may change places.
     last_B1 = (top_k_B1 - 1).clamp(max=count - 1)
-    gap_B = (sorted_BK.gather(-1, last_B1) - sorted_BK.gather(-1, (last_B1 + 1).clamp(max=count - 1))).squeeze(-1)
+    next_B1 = sorted_BK.gather(-1, (last_B1 + 1).clamp(max=count - 1))
+    gap_B = (sorted_BK.gather(-1, last_B1).log() - next_B1.log()).squeeze(-1)
     edge_B = torch.where((top_k_B1 < count).squeeze(-1), torch.minimum(edge_B, gap_B), edge_B)
     kept_BK = sorted_BK.masked_fill(~in_k_BK, 0.0)
     # A row without a top_k keeps its own probabilities, whatever rules the other rows have.
@@ -125,7 +127,7 @@ def _kept(sorted_BK: Tensor, rules: Sequence[RowRule]) -> tuple[Tensor, Tensor]:
     near_B = (before_BK - top_p_B1).abs().min(-1).values
     edge_B = torch.where((top_p_B1 < 1).squeeze(-1), torch.minimum(edge_B, near_B), edge_B)
     least_B1 = min_p_B1 * kept_BK[:, :1]
-    near_B = (kept_BK - least_B1).abs().min(-1).values
+    near_B = (kept_BK.log() - least_B1.log()).abs().min(-1).values
     edge_B = torch.where((min_p_B1 > 0).squeeze(-1), torch.minimum(edge_B, near_B), edge_B)
     outside_BK = ((before_BK >= top_p_B1) & (top_p_B1 < 1)) | (kept_BK < least_B1)
     return kept_BK.masked_fill(outside_BK, 0.0), edge_B

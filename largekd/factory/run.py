@@ -1,0 +1,141 @@
+"""A generation job from its configuration to its training data."""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from largekd.config.generate import EmbeddedBackendConfig, EndpointBackendConfig, GenerateConfig
+from largekd.config.render import render_config
+from largekd.curation.answer_shards import RAW_FOLDER, read_answers
+from largekd.distillation.folder import move_aside
+from largekd.errors import LargeKDError
+from largekd.factory.asks import Asker
+from largekd.factory.backends import Backend
+from largekd.factory.identity import claim, identity_of
+from largekd.factory.job import Job
+from largekd.factory.plan import TURNS_FOLDER, plan
+from largekd.runtime.lock import run_lock
+from largekd.runtime.logging import configure_logging, write_line
+from largekd.runtime.ranks import (
+    MainFirst,
+    Ranks,
+    Together,
+    broadcast_object,
+    current_ranks,
+    forget_failure,
+    main_failed_too,
+    new_control_group,
+    require_same,
+)
+from largekd.runtime.shutdown import StopSignal
+from largekd.sharding.cluster import process_group
+
+logger = logging.getLogger(__name__)
+
+_MONTH_S = 30 * 86_400
+
+
+def generate(config: GenerateConfig, *, curate: bool = True) -> dict[str, Any] | None:
+    """Write what is missing in `config.output.dir`, then make training data of it; returns a summary, None when it was
+    told to stop. curate: False leaves the second part to tools/curate.py.
+
+    A collective call on every rank of the job. Errors: LargeKDError for everything that the user can mend.
+    """
+    with process_group(timeout_s=config.collective_timeout_s):
+        ranks = current_ranks()
+        configure_logging(level=config.log.level, rank=ranks.rank)
+        forget_failure(ranks=ranks)
+        folder = Path(config.output.dir).expanduser().absolute()
+        try:
+            with run_lock(folder, ranks=ranks, key="output.dir"), StopSignal() as stop:
+                require_same(render_config(config), what="configuration", key="--config and its overrides")
+                summary = _run(config, folder=folder, ranks=ranks, stop=stop, curate=curate)
+        except LargeKDError as error:
+            error.only_here = not main_failed_too(ranks=ranks)
+            raise
+        if ranks.is_main:
+            told = "stopped; the same command goes on with it" if summary is None else f"{summary['answers']} answers"
+            write_line(f"{folder}: {told}.")
+        return summary
+
+
+def _run(
+    config: GenerateConfig, *, folder: Path, ranks: Ranks, stop: StopSignal, curate: bool
+) -> dict[str, Any] | None:
+    group = new_control_group(timeout_s=_MONTH_S)
+    asker = Asker(config.prompts, config.sampling)
+    with Together(group=group):
+        asker.digests()
+        if ranks.is_main and config.output.fresh:
+            move_aside(folder, key="output.fresh")
+    backend = build_backend(config, folder=folder, ranks=ranks, group=group)
+    with closing(backend) if backend is not None else nullcontext():
+        with Together(group=group):
+            if ranks.is_main:
+                assert backend is not None
+                claim(folder, config=config, identity=identity_of(config, asker=asker, writer=backend.identity))
+        job = Job(config=config, folder=folder, backend=backend, ranks=ranks, stop=stop, group=group)
+        finished = job.run(plan(config, asker=asker))
+    if not finished:
+        return None
+    summary: dict[str, Any] = {}
+    with Together(group=group):
+        if ranks.is_main:
+            summary = {"folder": str(folder), "answers": sum(1 for _ in read_answers(folder / RAW_FOLDER))}
+            if curate:
+                summary["curation"] = curate_answers(folder, config=config)
+    return dict(broadcast_object(summary, group=group))
+
+
+def curate_answers(folder: Path, *, config: GenerateConfig) -> Any:
+    """Training data out of the answers, by rank 0 alone."""
+    from largekd.curation.pipeline import curate  # type: ignore[import-not-found, unused-ignore]
+
+    return curate(folder, config=config.curation)
+
+
+def build_backend(
+    config: GenerateConfig, *, folder: Path, ranks: Ranks, group: dist.ProcessGroup | None = None
+) -> Backend | None:
+    """What writes; None on a rank that does not. A collective call. Errors: LargeKDError."""
+
+    def first() -> AbstractContextManager[None]:
+        return MainFirst(ranks=ranks, group=group)
+
+    if isinstance(config.backend, EmbeddedBackendConfig):
+        from largekd.factory.embedded import EmbeddedBackend
+
+        return EmbeddedBackend(
+            config.backend, sampling=config.sampling, folder=folder, ranks=ranks, first=first, group=group
+        )
+    backend: Backend | None = None
+    with Together(group=group):
+        if ranks.is_main:
+            backend = _of_main(config, folder=folder)
+    return backend
+
+
+def _of_main(config: GenerateConfig, *, folder: Path) -> Backend:
+    """A server's client, or vLLM: the job's only writer."""
+    backend: Any
+    if isinstance(config.backend, EndpointBackendConfig):
+        from largekd.factory.endpoint import EndpointBackend  # type: ignore[import-not-found, unused-ignore]
+
+        backend = EndpointBackend(config.backend, sampling=config.sampling, folder=folder, committed=committed(folder))
+    else:
+        from largekd.factory.vllm_backend import VllmBackend  # type: ignore[import-not-found, unused-ignore]
+
+        backend = VllmBackend(config.backend, sampling=config.sampling)
+    found: Backend = backend
+    return found
+
+
+def committed(folder: Path) -> Callable[[str], bool]:
+    """Whether an answer is in a shard of the job, as of now. Errors: DataError for a damaged shard."""
+    folders = [folder / RAW_FOLDER, *(folder / TURNS_FOLDER).glob("*")]
+    keys = {written.key for inner in folders for _, written in read_answers(inner)}
+    return keys.__contains__
