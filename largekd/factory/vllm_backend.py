@@ -6,7 +6,7 @@ Written against its documented interface and tested with a stand-in: it has not 
 import importlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from typing import Any
 
 from jinja2 import TemplateError
@@ -15,6 +15,7 @@ from largekd.config.generate import SamplingConfig, VllmBackendConfig
 from largekd.curation.records import Ask, Written
 from largekd.data.vocabulary import load_tokenizer, tokenizer_fingerprint
 from largekd.errors import ConfigError
+from largekd.factory.chat import chat_text
 from largekd.factory.job import failed
 from largekd.models.digest import sampled_weights_digest
 from largekd.models.source import find_model
@@ -42,7 +43,6 @@ class VllmBackend:
         config: VllmBackendConfig,
         *,
         sampling: SamplingConfig,
-        first: Callable[[], AbstractContextManager[None]],
     ) -> None:
         for name in _OWNED:
             if name in config.engine:
@@ -55,7 +55,8 @@ class VllmBackend:
             key=f"{_KEY}.model",
             revision=config.engine.get("revision"),
             trust_remote_code=trusted,
-            first=first,
+            # Alone: no other rank fetches the model.
+            first=nullcontext,
         )
         path = str(self._source.path)
         self._tokenizer = load_tokenizer(path, trust_remote_code=trusted, key=f"{_KEY}.model")
@@ -102,13 +103,7 @@ class VllmBackend:
 
         Errors: jinja2.TemplateError for a conversation that the template refuses.
         """
-        if not self._tokenizer.chat_template:
-            return "\n\n".join(message["content"] for message in ask.messages)
-        text = self._tokenizer.apply_chat_template(
-            [dict(message) for message in ask.messages], tokenize=False, add_generation_prompt=True
-        )
-        assert isinstance(text, str)
-        return text
+        return chat_text(ask, tokenizer=self._tokenizer)
 
     def count(self, ask: Ask) -> int:
         """Tokens of the prompt."""

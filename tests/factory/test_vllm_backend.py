@@ -1,7 +1,6 @@
 """vLLM as the writer, with a stand-in for vLLM: what it is handed, and what is made of what it gives back."""
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -69,7 +68,7 @@ def engine(monkeypatch):
 
 def backend(assets, *, sampling=None, **change):
     config = VllmBackendConfig(**({"kind": "vllm", "model": str(assets / "teacher"), "batch_size": 4} | change))
-    return VllmBackend(config, sampling=sampling or SamplingConfig(max_new_tokens=50), first=nullcontext)
+    return VllmBackend(config, sampling=sampling or SamplingConfig(max_new_tokens=50))
 
 
 def test_every_ask_is_written_once_with_its_own_draw(tiny_assets, engine):
