@@ -186,6 +186,33 @@ class SamplingConfig(Frozen):
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all draws.")
 
 
+class JudgeConfig(Frozen):
+    """A model that judges the answers, as a job of its own after them."""
+
+    backend: BackendConfig | None = Field(None, description="What judges; null: what wrote.")
+    answers: Literal["unknown", "all"] = Field(
+        "unknown", description="unknown: those about which curation.verify has no verdict. all: every one."
+    )
+    template: str = Field("judge", description="Template that shows question, answer and text.")
+    variables: dict[str, str] = Field(default_factory=dict, description="Further values that the template may use.")
+    samples: int = Field(1, ge=1, description="Judgements of each answer; the verdict of most of them counts.")
+    temperature: float = Field(0.0, ge=0, description="Divides the judge's logits; 0: always the likeliest token.")
+    max_new_tokens: int = Field(512, ge=1, description="Longest judgement.")
+    max_prompt_tokens: int = Field(4096, ge=1, description="Longer prompts are not judged.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draws.")
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the judge writes, as a backend takes it."""
+        return SamplingConfig(
+            samples=self.samples,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            seed=self.seed,
+        )
+
+
 class GenerateOutputConfig(Frozen):
     """Where everything is written."""
 
@@ -203,6 +230,7 @@ class GenerateConfig(Frozen):
     backend: BackendConfig
     prompts: PromptConfig = Field(default_factory=PromptConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    judge: JudgeConfig | None = Field(None, description="A model that judges answers; null: rules alone.")
     curation: CurationConfig = Field(default_factory=CurationConfig)
     collective_timeout_s: int = Field(1800, ge=5, description="Seconds after which a silent rank counts as hung.")
     log: LogConfig = Field(default_factory=LogConfig)
