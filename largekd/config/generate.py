@@ -1,6 +1,6 @@
 """What a model is asked to write, and how: the configuration of launch/generate.py."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -223,7 +223,9 @@ class GenerateOutputConfig(Frozen):
 
 
 class GenerateConfig(Frozen):
-    """One YAML file recipes/generate_*.yaml is one of these."""
+    """One YAML file recipes/generate_*.yaml is one of these. A source without a kind is rows, a backend embedded."""
+
+    default_kinds: ClassVar[dict[str, str]] = {"source": "rows", "backend": "embedded"}
 
     output: GenerateOutputConfig
     source: GenerateSourceConfig
@@ -234,14 +236,3 @@ class GenerateConfig(Frozen):
     curation: CurationConfig = Field(default_factory=CurationConfig)
     collective_timeout_s: int = Field(1800, ge=5, description="Seconds after which a silent rank counts as hung.")
     log: LogConfig = Field(default_factory=LogConfig)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kinds(cls, value: Any) -> Any:
-        """A source without a kind is rows, a backend without a kind is embedded."""
-        if isinstance(value, dict):
-            value = dict(value)
-            for key, kind in (("source", "rows"), ("backend", "embedded")):
-                if isinstance(value.get(key), dict):
-                    value[key] = {"kind": kind, **value[key]}
-        return value

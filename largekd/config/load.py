@@ -52,7 +52,7 @@ def parse_record(record: type[Record], *, mapping: Mapping[str, Any]) -> Record:
 def _parse(mapping: Mapping[str, Any], *, record: type[Record], source: str) -> Record:
     try:
         # Strict JSON mode: lists become tuples, but no text becomes a number and no boolean a count.
-        text = json.dumps(_with_kind(mapping) if record is RunConfig else mapping, default=_plain)
+        text = json.dumps(_with_kinds(mapping, record=record), default=_plain)
         return record.model_validate_json(text, strict=True)
     except (TypeError, RecursionError) as error:
         raise ConfigError(f"{source}: not plain data ({error}).") from error
@@ -68,12 +68,13 @@ def _checked(config: RunConfig, *, source: str) -> RunConfig:
     return config
 
 
-def _with_kind(mapping: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A teacher without a kind is an online one: a union of records is told apart by what is written."""
-    teacher = mapping.get("teacher")
-    if not isinstance(teacher, Mapping):
-        return mapping
-    return {**mapping, "teacher": {"kind": "online", **teacher}}
+def _with_kinds(mapping: Mapping[str, Any], *, record: type[BaseModel]) -> Mapping[str, Any]:
+    """A union of records is told apart by what is written: a teacher without a kind is an online one, and so on."""
+    kinds: Mapping[str, str] = getattr(record, "default_kinds", {})
+    named = {
+        key: {"kind": kind, **mapping[key]} for key, kind in kinds.items() if isinstance(mapping.get(key), Mapping)
+    }
+    return {**mapping, **named}
 
 
 def _together(lines: Sequence[str], *, source: str) -> str:

@@ -1,5 +1,7 @@
 """The whole configuration of one run."""
 
+from typing import ClassVar
+
 from pydantic import Field
 
 from largekd.config.cache import CacheConfig
@@ -16,6 +18,8 @@ from largekd.config.train import OptimConfig, TrainConfig
 
 class RunConfig(Frozen):
     """One YAML file under recipes/ is one of these."""
+
+    default_kinds: ClassVar[dict[str, str]] = {"teacher": "online"}
 
     run: RunFolderConfig
     teacher: TeacherConfig = Field(description="Source of the signals that the student learns from.")

@@ -16,7 +16,8 @@ from largekd.errors import LargeKDError
 from largekd.runtime.ranks import Ranks, broadcast_object, raise_together
 from largekd.runtime.shutdown import StopSignal
 
-_STOP, _DONE = "stop", "done"
+# Named apart from what the work itself counts.
+_STOP, _DONE, _BEAT = "ranks/stop", "ranks/done", "ranks/beat"
 
 
 class SharedCounters:
@@ -75,7 +76,7 @@ class LooseRanks:
             self.counters.add(_STOP)
         if now - self._asked >= self._poll_s:
             self._asked = now
-            self.counters.add(f"beat/{self._ranks.rank}")
+            self.counters.add(f"{_BEAT}/{self._ranks.rank}")
             self._stopping = self._stopping or self.counters.get(_STOP) > 0
         return self._stopping
 
@@ -105,7 +106,7 @@ class LooseRanks:
     def _look_for_silence(self, beats: dict[int, tuple[int, float]]) -> None:
         now = self._clock()
         for rank, (count, since) in beats.items():
-            found = self.counters.get(f"beat/{rank}")
+            found = self.counters.get(f"{_BEAT}/{rank}")
             if found != count:
                 beats[rank] = (found, now)
             elif now - since > self._silent_s:

@@ -1,0 +1,169 @@
+"""Stages: invented instructions, conversations, revisions, and rows from files."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from factory_jobs import ScriptedBackend, answers_in, job_settings, run_job
+
+from largekd.config.generate import RowSourceConfig
+from largekd.curation.answer_shards import read_answers
+from largekd.curation.records import Written
+from largekd.errors import DataError, GenerationError
+from largekd.factory.distinct import Distinct
+from largekd.factory.sources import read_items
+
+
+class InstructionBackend(ScriptedBackend):
+    """Writes a different task for every ask, and the same one for every third."""
+
+    def _written(self, ask):
+        if ask.template not in ("similar_instruction", "new_instruction"):
+            return super()._written(ask)
+        number = ask.seed % 1000 if ask.seed % 3 else 0
+        text = f'1. "Explain subject{number} to reader{number} using example{number} and number{number}"'
+        return Written(ask.key, text, "stop", 3, 5)
+
+
+def test_a_conversation_alternates_and_ends_with_the_question_to_answer(tmp_path):
+    tree = job_settings(tmp_path, rows=3, prompts__turns=3, prompts__system="Be kind.")
+    assert run_job(tree, backend=ScriptedBackend())
+    found = list(read_answers(tmp_path / "job/raw"))
+    assert len(found) == 3 * 2 * 2
+    for ask, _ in found:
+        assert [m["role"] for m in ask.messages] == ["system", "user", "assistant", "user", "assistant", "user"]
+        assert ask.messages[3]["content"].startswith("user_turn")
+        assert ask.messages[2]["content"].startswith(ask.template)
+    turns = sorted(path.name for path in (tmp_path / "job/turns").iterdir())
+    assert turns == ["answer_0", "answer_1", "user_0", "user_1"]
+    assert all(len(answers_in(tmp_path / "job/turns" / name)) == 12 for name in turns)
+    again = ScriptedBackend()
+    assert run_job(tree, backend=again) and again.asked == []
+
+
+def test_a_conversation_that_cannot_go_on_is_a_failed_row_with_the_reason(tmp_path):
+    tree = job_settings(tmp_path, rows=4, prompts__turns=2, prompts__revise=True)
+    assert run_job(tree, backend=ScriptedBackend(fail_on="What is 2"))
+    found = list(read_answers(tmp_path / "job/raw"))
+    failed = [answer for answer in found if answer.written.finish == "failed"]
+    assert len(found) == 16 and len(failed) == 4
+    assert {answer.ask.item.id for answer in failed} == {"r2"}
+    assert {answer.written.failure for answer in failed} == {"asked to fail"}
+
+
+def test_a_revision_follows_the_answer_and_names_both_templates(tmp_path):
+    tree = job_settings(tmp_path, rows=2, prompts__templates=["direct"], prompts__revise=True)
+    assert run_job(tree, backend=ScriptedBackend())
+    found = list(read_answers(tmp_path / "job/raw"))
+    drafts = dict(answers_in(tmp_path / "job/turns/answer_0"))
+    assert {answer.ask.template for answer in found} == {"direct+critique_and_revise"}
+    for ask, _ in found:
+        assert [message["role"] for message in ask.messages] == ["user", "assistant", "user"]
+        assert ask.messages[1]["content"] in drafts.values()
+        assert "errors" in ask.messages[2]["content"]
+
+
+def test_topics_become_instructions_that_differ_and_are_answered(tmp_path):
+    source = {"kind": "topics", "topics": ["tides", "bees"], "tasks": ["explain"], "per_combination": 6}
+    tree = job_settings(tmp_path, prompts__templates=["instruction"], sampling__samples=1)
+    tree["source"] = source
+    assert run_job(tree, backend=InstructionBackend())
+    asked = list(read_answers(tmp_path / "job/turns/instructions"))
+    found = list(read_answers(tmp_path / "job/raw"))
+    questions = [answer.ask.item.question for answer in found]
+    assert len(asked) == 12 and 3 < len(questions) < 12
+    assert len(set(questions)) == len(questions) and all(text.startswith("Explain subject") for text in questions)
+    assert {answer.ask.item.fields["topic"] for answer in found} <= {"tides", "bees"}
+
+
+def test_seeds_grow_in_rounds_without_what_is_like_a_seed(tmp_path):
+    seeds = tmp_path / "seeds.jsonl"
+    seed = "Explain subject0 to reader0 using example0 and number0"
+    seeds.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in (seed, "Sing.", "Write a poem.")))
+    tree = job_settings(tmp_path, prompts__templates=["instruction"], sampling__samples=1)
+    tree["source"] = {"kind": "seeds", "path": str(seeds), "rows": 12, "examples": 2, "rounds": 6}
+    assert run_job(tree, backend=InstructionBackend())
+    rounds = list((tmp_path / "job/turns").iterdir())
+    questions = [answer.ask.item.question for answer in read_answers(tmp_path / "job/raw")]
+    assert len(rounds) > 1 and len(questions) == 12 and seed not in questions
+
+
+def test_no_new_instruction_at_all_is_told(tmp_path):
+    tree = job_settings(tmp_path)
+    tree["source"] = {"kind": "topics", "topics": ["tides"], "tasks": ["explain"]}
+    with pytest.raises(GenerationError, match="none of 1 instructions"):
+        run_job(tree, backend=ScriptedBackend(fail_on="Subject"))
+
+
+@pytest.mark.parametrize("limit", [0.3, 0.5, 0.7, 0.9])
+def test_prefix_filtering_finds_what_comparing_all_pairs_finds(limit):
+    import random
+
+    generator = random.Random(7)
+    texts = [" ".join(generator.choices("abcdefghijkl", k=generator.randint(1, 9))) for _ in range(300)]
+    kept: list[set[str]] = []
+    distinct = Distinct(max_similarity=limit)
+    for text in texts:
+        words = set(text.split())
+        new = all(len(words & other) / len(words | other) <= limit for other in kept)
+        assert distinct.accept(text) == new
+        if new:
+            kept.append(words)
+    assert 5 < len(kept) < 300
+
+
+def _rows() -> list[dict[str, object]]:
+    return [{"name": f"n{n}", "q": f"Question {n}?", "a": str(n), "level": n} for n in range(5)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_rows_of_every_kind_of_file(tmp_path, kind):
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in _rows()))
+    elif kind == "json":
+        path.write_text(json.dumps(_rows()))
+    elif kind == "csv":
+        path.write_text("name,q,a,level\n" + "".join(",".join(map(str, row.values())) + "\n" for row in _rows()))
+    else:
+        pq.write_table(pa.Table.from_pylist(_rows()), path)
+    source = RowSourceConfig(path=str(path), question="q", answer="a", id="name", skip_rows=1, max_rows=3)
+    items = read_items(source)
+    assert [(item.id, item.question, item.answer, item.fields) for item in items] == [
+        (f"n{n}", f"Question {n}?", str(n), {"level": n}) for n in (1, 2, 3)
+    ]
+
+
+def test_rows_without_a_name_get_one_of_their_content(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "Why?"}\n{"question": "How?"}\n{"question": "Why?"}\n')
+    first = read_items(RowSourceConfig(path=str(path)))
+    path.write_text('{"question": "How?"}\n{"question": "Why?"}\n')
+    second = read_items(RowSourceConfig(path=str(path)))
+    assert len(first) == 2 and {item.id for item in first} == {item.id for item in second}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"question": "prompt"}, "source.question = 'prompt'.*missing in row 0"),
+        ({"answer": "gold"}, "source.answer = 'gold'"),
+        ({"id": "kind"}, "rows 0 and 1 .* are both 'x'"),
+        ({"path": "nowhere.jsonl"}, "no such file"),
+        ({"skip_rows": 9}, "no row was read"),
+    ],
+)
+def test_what_cannot_be_read_is_named(tmp_path, change, told):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "Why?", "kind": "x"}\n{"question": "How?", "kind": "x"}\n')
+    with pytest.raises(DataError, match=told):
+        read_items(RowSourceConfig(**{"path": str(path), **change}))
+
+
+def test_chat_records_give_question_and_answer(tmp_path):
+    path = tmp_path / "chat.jsonl"
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    (item,) = read_items(RowSourceConfig(path=str(path), question="messages", answer="messages"))
+    assert (item.question, item.answer) == ("Why?", "So.")
