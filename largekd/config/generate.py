@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from largekd.config.addresses import address_problems
 from largekd.config.common import Frozen
@@ -107,25 +107,20 @@ class EndpointBackendConfig(Frozen):
     extra: dict[str, Any] = Field(default_factory=dict, description="Further fields of every request; nothing secret.")
     licence: str | None = Field(None, description="Licence or terms of the model's texts, for the data card.")
 
-    @field_validator("omit", mode="before")
-    @classmethod
-    def _from_list(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
     @model_validator(mode="after")
     def _rules(self) -> Self:
         problems = [
             *address_problems(
                 self.url,
-                place="backend.url",
+                place="url",
                 allow_remote=self.allow_remote,
-                allow_key="backend.allow_remote",
-                token_key="backend.key_variable",
+                allow_key="allow_remote",
+                token_key="key_variable",
             ),
-            *(f"backend.extra.{name}: the job sets this itself" for name in sorted(_OWNED & self.extra.keys())),
+            *(f"extra.{name}: the job sets this itself" for name in sorted(_OWNED & self.extra.keys())),
         ]
         if self.max_cost is not None and not self.input_price and not self.output_price:
-            problems.append(f"backend.max_cost = {self.max_cost}: needs input_price and output_price")
+            problems.append(f"max_cost = {self.max_cost}: needs input_price or output_price")
         if problems:
             raise ValueError("; ".join(problems))
         return self
