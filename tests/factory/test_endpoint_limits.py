@@ -165,6 +165,19 @@ def test_a_line_that_a_crash_cut_costs_that_line_alone(tmp_path, caplog):
     opened.close()
 
 
+def test_a_line_that_a_full_disk_cut_does_not_take_the_next_with_it(tmp_path, caplog):
+    path = tmp_path / "journal"
+    journal = Journal(path, committed=set)
+    with path.open("ab") as other:
+        other.write(b'0123456789abcdef {"key": "cu')
+    journal.put("a", cost=1.0, written=written("a"))
+    journal.close()
+    assert "1 damaged lines" in caplog.text
+    again = Journal(path, committed=set)
+    assert again.received("a") == written("a") and again.spent == 1.0
+    again.close()
+
+
 def test_lines_of_several_threads_stay_whole(tmp_path):
     journal = Journal(tmp_path / "journal", committed=set)
 
