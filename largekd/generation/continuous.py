@@ -89,7 +89,7 @@ class ContinuousWriter:
         together: bool,
     ) -> None:
         assert stops.ends
-        self._model, self._stops, self._size, self._ids = model, stops, batch_size, ids
+        self._model, self._stops, self.batch_size, self._ids = model, stops, batch_size, ids
         self._decode, self._device, self._together = decode, device, together
         self._last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._cache: GrowingCache | None = None
@@ -117,11 +117,11 @@ class ContinuousWriter:
 
     @property
     def _free(self) -> int:
-        return self._size - sum(row is not None for row in self._rows)
+        return self.batch_size - sum(row is not None for row in self._rows)
 
     def _wants_rows(self) -> bool:
         """A pass for a single new row costs about as much as one for a few."""
-        return self._free >= max(1, self._size // 8)
+        return self._free >= max(1, self.batch_size // 8)
 
     def _agree(self, *flags: bool) -> list[bool]:
         if not self._together:

@@ -61,7 +61,7 @@ def test_a_revision_follows_the_answer_and_names_both_templates(tmp_path):
     for ask, _ in found:
         assert [message["role"] for message in ask.messages] == ["user", "assistant", "user"]
         assert ask.messages[1]["content"] in drafts.values()
-        assert "errors" in ask.messages[2]["content"]
+        assert "error" in ask.messages[2]["content"]
 
 
 def test_topics_become_instructions_that_differ_and_are_answered(tmp_path):
