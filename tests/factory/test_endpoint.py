@@ -89,16 +89,16 @@ def test_a_slow_answer_is_given_up_and_asked_for_again(tmp_path):
     def misbehave(question, good):
         calls.append(question)
         if len(calls) == 1:
-            time.sleep(1.0)
+            time.sleep(1.5)
             return as_json({}, status=500)
         return good
 
     with chat_server(misbehave) as server:
-        found = write_all(server.url, tmp_path, make_asks(1), timeout_s=0.2, **PRICES)
+        found = write_all(server.url, tmp_path, make_asks(1), timeout_s=0.5, **PRICES)
         keys = [headers["Idempotency-Key"] for _, _, headers in server.fake.asked]
     (written,) = found.values()
-    assert written.finish == "stop" and len(calls) == 2
-    assert keys[0] == keys[1], "a server that knows the key charges a lost answer once"
+    assert written.finish == "stop" and len(calls) >= 2
+    assert len(set(keys)) == 1, "a server that knows the key charges a lost answer once"
     # The first attempt may have been charged: it counts at its most.
     assert written.cost > COST + 100
 
@@ -274,12 +274,16 @@ def test_one_that_is_turned_away_while_others_are_served_goes_on(tmp_path):
     turned = []
 
     def misbehave(question, good):
-        if question == "question 1" and len(turned) < 6:
-            turned.append(question)
-            return as_json({}, status=429)
-        return good
+        if question != "question 1" or len(turned) == 6:
+            return good
+        turned.append(question)
+        # Four others: the client has read the answer of one of them at least before it sent the last of them.
+        enough, deadline_s = server.completed.total() + 4, time.monotonic() + 20
+        while server.completed.total() < enough and time.monotonic() < deadline_s:
+            time.sleep(0.005)
+        return as_json({}, status=429)
 
-    asks = make_asks(100)
+    asks = make_asks(60)
     with chat_server(misbehave) as server:
         found = write_all(server.url, tmp_path, asks, retries=1, concurrency=3, longest_pause_s=0.05)
     assert texts(found, asks) == right_texts(asks) and len(turned) == 6
@@ -378,15 +382,17 @@ def test_a_caller_that_leaves_early_finds_what_was_paid_for_next_time(tmp_path):
 
 
 def test_limits_of_requests_are_kept(tmp_path):
-    sent = []
-
-    def misbehave(question, good):
-        sent.append(time.monotonic())
-        return good
-
-    with chat_server(misbehave) as server:
-        write_all(server.url, tmp_path, make_asks(5), requests_per_minute=600)
-    assert sent[-1] - sent[0] >= 4 * 0.1 - 0.05
+    began_s = time.monotonic()
+    with chat_server() as server:
+        # The second would leave a minute after the first.
+        found = write_all(
+            server.url,
+            tmp_path,
+            make_asks(5),
+            stopping=lambda: len(server.requests) > 0 and time.monotonic() > began_s + 1.5,
+            requests_per_minute=1,
+        )
+    assert len(found) == len(server.requests) == 1
 
 
 def test_what_the_dialect_has_no_word_for_is_refused(tmp_path):
