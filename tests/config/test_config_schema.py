@@ -4,13 +4,15 @@ from typing import Any
 
 import pytest
 
-from largekd.config.load import load_config
-from largekd.config.placement import read_placements
+from largekd.config.generate import EmbeddedBackendConfig, GenerateConfig
+from largekd.config.load import load_config, load_record
+from largekd.config.placement import read_placement, read_placements
 from largekd.config.run import RunConfig
-from largekd.config.schema import json_schema_text, key_reference, run_keys
+from largekd.config.schema import json_schema_text, key_reference, record_schema_text, run_keys
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-RECIPES = sorted((CHECKOUT / "recipes").glob("*.yaml"))
+GENERATING = sorted((CHECKOUT / "recipes").glob("generate_*.yaml"))
+RECIPES = sorted(set((CHECKOUT / "recipes").glob("*.yaml")) - set(GENERATING))
 
 
 def test_the_schema_for_editors_is_current() -> None:
@@ -32,7 +34,28 @@ def test_recipes_resolve_with_their_placements(recipe: Path, monkeypatch: pytest
     assert read_placements(config).student
 
 
+@pytest.mark.parametrize("recipe", GENERATING, ids=lambda path: path.name)
+def test_recipes_of_generation_resolve(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(CHECKOUT)
+    assert recipe.read_text(encoding="utf-8").startswith("# yaml-language-server: $schema=generate_schema.json\n")
+    config = load_record(GenerateConfig, path=recipe)
+    if isinstance(config.backend, EmbeddedBackendConfig):
+        assert read_placement(config.backend.deepspeed, key="backend.deepspeed")
+
+
+def test_the_schema_of_generation_is_current() -> None:
+    stored = (CHECKOUT / "recipes" / "generate_schema.json").read_text(encoding="utf-8")
+    assert stored == record_schema_text(GenerateConfig), "run `python tools/schema.py`"
+
+
+def test_the_keys_of_generation_are_explained() -> None:
+    text = key_reference(GenerateConfig)
+    assert "backend, kind embedded: " in text and "source, kind seeds: " in text
+    assert "  sampling.max_new_tokens  (whole number; default 512)" in text
+
+
 def test_there_are_recipes() -> None:
+    assert GENERATING
     assert {"quickstart.yaml", "smoke.yaml"} <= {path.name for path in RECIPES}
 
 
