@@ -1,9 +1,10 @@
 """What a model is asked to write, and how: the configuration of launch/generate.py."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from largekd.config.addresses import address_problems
 from largekd.config.common import Frozen
 from largekd.config.curation import CurationConfig
 from largekd.config.output import LogConfig
@@ -75,22 +76,61 @@ class EmbeddedBackendConfig(Frozen):
 
 
 class EndpointBackendConfig(Frozen):
-    """An OpenAI-compatible server (chat completions)."""
+    """An OpenAI-compatible server (chat completions). Rank 0 asks it; all limits are those of the whole job."""
 
     kind: Literal["endpoint"]
     url: str = Field(description="Base address, such as https://host/v1.")
     model: str = Field(description="Name that the server knows the model by.")
     key_variable: str | None = Field(None, description="Environment variable with the key; null: none is sent.")
     allow_remote: bool = Field(False, description="Send prompts to a server that is not on this machine.")
-    concurrency: int = Field(8, ge=1, description="Requests at the same time, over all ranks.")
-    requests_per_minute: float | None = Field(None, gt=0, description="Limit over all ranks; null: none.")
-    tokens_per_minute: float | None = Field(None, gt=0, description="Limit over all ranks; null: none.")
+    concurrency: int = Field(8, ge=1, le=1024, description="Requests at the same time.")
+    requests_per_minute: float | None = Field(None, gt=0, description="Limit, attempts that failed included.")
+    tokens_per_minute: float | None = Field(None, gt=0, description="Limit of prompt and written tokens together.")
     timeout_s: float = Field(120.0, gt=0, description="Seconds for one answer.")
     retries: int = Field(8, ge=0, description="Further attempts after 429, 5xx, a broken connection or answer.")
+    longest_pause_s: float = Field(60.0, gt=0, description="Attempts are no further apart, unless the server says so.")
+    stop_grace_s: float = Field(20.0, ge=0, description="Told to stop, wait this long for requests that are under way.")
     input_price: float = Field(0.0, ge=0, description="Cost of a million prompt tokens.")
     output_price: float = Field(0.0, ge=0, description="Cost of a million written tokens.")
     max_cost: float | None = Field(None, gt=0, description="Stop, saved, before this cost is exceeded; null: no limit.")
+    length_parameter: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="What the server calls the longest answer."
+    )
+    dialect: Literal["openai", "vllm"] = Field(
+        "openai",
+        description="vllm: the server takes top_k and min_p too; openai: sampling with them is refused.",
+    )
+    logprobs: bool = Field(False, description="Ask for log-probabilities, for the mean of an answer's tokens.")
+    omit: tuple[Literal["seed", "temperature", "top_p"], ...] = Field(
+        (), description="Parameters that are not sent, for a server that refuses them."
+    )
+    extra: dict[str, Any] = Field(default_factory=dict, description="Further fields of every request; nothing secret.")
     licence: str | None = Field(None, description="Licence or terms of the model's texts, for the data card.")
+
+    @model_validator(mode="after")
+    def _rules(self) -> Self:
+        problems = [
+            *address_problems(
+                self.url,
+                place="url",
+                allow_remote=self.allow_remote,
+                allow_key="allow_remote",
+                token_key="key_variable",
+            ),
+            *(f"extra.{name}: the job sets this itself" for name in sorted(_OWNED & self.extra.keys())),
+        ]
+        if self.max_cost is not None and not self.input_price and not self.output_price:
+            problems.append(f"max_cost = {self.max_cost}: needs input_price or output_price")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+_OWNED = frozenset(
+    {"model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "logprobs"}
+    | {"temperature", "top_p", "top_k", "min_p", "stop", "seed"}
+)
+"""Fields of a request that come from other keys."""
 
 
 class VllmBackendConfig(Frozen):
@@ -99,6 +139,7 @@ class VllmBackendConfig(Frozen):
     kind: Literal["vllm"]
     model: str = Field(description="Hugging Face folder or hub name.")
     engine: dict[str, Any] = Field(default_factory=dict, description="Further arguments of vllm.LLM.")
+    batch_size: int = Field(256, ge=1, description="Answers that are handed to vLLM, and committed, together.")
     licence: str | None = Field(None, description="Licence of the model's texts, for the data card.")
 
 
@@ -140,6 +181,33 @@ class SamplingConfig(Frozen):
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all draws.")
 
 
+class JudgeConfig(Frozen):
+    """A model that judges the answers, as a job of its own after them."""
+
+    backend: BackendConfig | None = Field(None, description="What judges; null: what wrote.")
+    answers: Literal["unknown", "all"] = Field(
+        "unknown", description="unknown: those about which curation.verify has no verdict. all: every one."
+    )
+    template: str = Field("judge", description="Template that shows question, answer and text.")
+    variables: dict[str, str] = Field(default_factory=dict, description="Further values that the template may use.")
+    samples: int = Field(1, ge=1, description="Judgements of each answer; the verdict of most of them counts.")
+    temperature: float = Field(0.0, ge=0, description="Divides the judge's logits; 0: always the likeliest token.")
+    max_new_tokens: int = Field(512, ge=1, description="Longest judgement.")
+    max_prompt_tokens: int = Field(4096, ge=1, description="Longer prompts are not judged.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of the draws.")
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the judge writes, as a backend takes it."""
+        return SamplingConfig(
+            samples=self.samples,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            max_prompt_tokens=self.max_prompt_tokens,
+            seed=self.seed,
+        )
+
+
 class GenerateOutputConfig(Frozen):
     """Where everything is written."""
 
@@ -159,6 +227,7 @@ class GenerateConfig(Frozen):
     backend: BackendConfig
     prompts: PromptConfig = Field(default_factory=PromptConfig)
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    judge: JudgeConfig | None = Field(None, description="A model that judges answers; null: rules alone.")
     curation: CurationConfig = Field(default_factory=CurationConfig)
     collective_timeout_s: int = Field(1800, ge=5, description="Seconds after which a silent rank counts as hung.")
     log: LogConfig = Field(default_factory=LogConfig)

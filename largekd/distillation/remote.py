@@ -10,10 +10,11 @@ from largekd.config.teacher import RemoteTeacherConfig
 from largekd.data.vocabulary import PROBE, tokenizer_fingerprint
 from largekd.distillation.models import Sources
 from largekd.errors import ConfigError, TeacherError
+from largekd.runtime.http import read_token
 from largekd.runtime.ranks import MainFirst, Ranks, Together
 from largekd.sharding.accelerator import device
 from largekd.teachers.remote import Patience, RemoteTeacher, Source
-from largekd.teachers.remote_http import Replicas, read_token
+from largekd.teachers.remote_http import Replicas
 from largekd.teachers.remote_own import Expected, OwnServers, fetch_head, read_head, read_info
 from largekd.teachers.remote_prompts import (
     VLLM,

@@ -25,12 +25,12 @@ from largekd.errors import ConfigError
 from largekd.models.decoder import Decoder, HeadSpec
 from largekd.models.digest import sampled_weights_digest
 from largekd.models.source import ModelFolder, find_model
+from largekd.runtime.http import read_token
 from largekd.runtime.logging import configure_logging, write_line
 from largekd.runtime.ranks import MainFirst, Ranks, Together, current_ranks, new_control_group, require_same
 from largekd.runtime.shutdown import StopSignal
 from largekd.sharding.accelerator import device
 from largekd.sharding.cluster import process_group
-from largekd.teachers.remote_http import read_token
 from largekd.teachers.remote_own import HeadInfo, ServerInfo
 from largekd.teachers.remote_wire import DTYPE_NAMES, PROTOCOL, Limits
 from largekd.teachers.served import ServedTeacher, Work

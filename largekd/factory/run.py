@@ -1,14 +1,13 @@
 """A generation job from its configuration to its training data."""
 
 import logging
-from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from largekd.config.generate import EmbeddedBackendConfig, EndpointBackendConfig, GenerateConfig
+from largekd.config.generate import EmbeddedBackendConfig, EndpointBackendConfig, GenerateConfig, VllmBackendConfig
 from largekd.config.render import render_config
 from largekd.curation.answer_shards import RAW_FOLDER, read_answers
 from largekd.distillation.folder import move_aside
@@ -17,7 +16,7 @@ from largekd.factory.asks import Asker
 from largekd.factory.backends import Backend
 from largekd.factory.identity import claim, identity_of
 from largekd.factory.job import Job
-from largekd.factory.plan import TURNS_FOLDER, plan
+from largekd.factory.plan import plan
 from largekd.runtime.lock import run_lock
 from largekd.runtime.logging import configure_logging, write_line
 from largekd.runtime.ranks import (
@@ -123,19 +122,13 @@ def _of_main(config: GenerateConfig, *, folder: Path) -> Backend:
     """A server's client, or vLLM: the job's only writer."""
     backend: Any
     if isinstance(config.backend, EndpointBackendConfig):
-        from largekd.factory.endpoint import EndpointBackend  # type: ignore[import-not-found, unused-ignore]
+        from largekd.factory.endpoint import EndpointBackend
 
-        backend = EndpointBackend(config.backend, sampling=config.sampling, folder=folder, committed=committed(folder))
+        backend = EndpointBackend(config.backend, sampling=config.sampling, folder=folder)
     else:
-        from largekd.factory.vllm_backend import VllmBackend  # type: ignore[import-not-found, unused-ignore]
+        from largekd.factory.vllm_backend import VllmBackend
 
+        assert isinstance(config.backend, VllmBackendConfig)
         backend = VllmBackend(config.backend, sampling=config.sampling)
     found: Backend = backend
     return found
-
-
-def committed(folder: Path) -> Callable[[str], bool]:
-    """Whether an answer is in a shard of the job, as of now. Errors: DataError for a damaged shard."""
-    folders = [folder / RAW_FOLDER, *(folder / TURNS_FOLDER).glob("*")]
-    keys = {written.key for inner in folders for _, written in read_answers(inner)}
-    return keys.__contains__

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from largekd.contracts import Batch, SignalRequest, TeacherSignal
 from largekd.errors import TeacherError
+from largekd.runtime.http import RefusedError, UnavailableError
 from largekd.runtime.ranks import all_sum, gather_objects
 from largekd.teachers.protocol import StoppedWaitingError, TeacherGoneError
-from largekd.teachers.remote_http import RefusedError, UnavailableError
 
 _POLL_S = 1.0
 _FIRST_WORD_S = 10.0

@@ -1,72 +1,22 @@
-"""Requests to the replicas of a remote teacher: time-outs, retries with back-off, limits on what comes back."""
+"""Requests to the replicas of a remote teacher: which one is asked, and how often."""
 
-import logging
-import os
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import TypeVar
 
-import httpx2
-
-from largekd.errors import ConfigError
-from largekd.runtime.logging import redact
+from largekd.runtime.http import HttpClient, PassingError, UnavailableError, full_jitter_s
 from largekd.teachers.remote_wire import WireError
 
 Read = TypeVar("Read")
 
-CONNECT_TIMEOUT_S = 5.0
 _FIRST_PAUSE_S = 0.25
 _LONGEST_PAUSE_S = 10.0
 _LONGEST_RETRY_AFTER_S = 60.0
 _SET_ASIDE_S = 30.0
-_SHOWN_CHARS = 300
-_ERROR_BYTES = 4096
 # A download that stays below this over `timeout_s` has stalled, though bytes come.
 _STALLED_BYTES_PER_S = 16_384
-# Statuses after which the same request may yet be answered.
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-
-logger = logging.getLogger(__name__)
-
-
-class _AnsweredError(Exception):
-    """`status` is that of the server's answer; None where it gave none."""
-
-    def __init__(self, message: str, *, status: int | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-class RefusedError(_AnsweredError):
-    """The request will not be answered however often it is sent: a wrong token, an unknown model, a redirect."""
-
-
-class UnavailableError(_AnsweredError):
-    """No replica gave an answer within the attempts that are allowed."""
-
-
-class _PassingError(_AnsweredError):
-    """One attempt failed; the next one may not. `retry_after_s` is what the server asked for."""
-
-    def __init__(self, message: str, *, status: int | None = None, retry_after_s: float | None = None) -> None:
-        super().__init__(message, status=status)
-        self.retry_after_s = retry_after_s
-
-
-def read_token(variable: str, *, key: str) -> str:
-    """The bearer token in an environment variable. Errors: ConfigError; `key` is the option that names it.
-
-    A space or a line break has no place in a header: whoever sends it would be told so, with the header's text.
-    """
-    token = os.environ.get(variable, "")
-    if not token or not all("!" <= letter <= "~" for letter in token):
-        raise ConfigError(
-            f"{key} = {variable!r}: no such environment variable, or what it holds is no token: printable ASCII "
-            "without spaces and without a line break at its end."
-        )
-    return token
 
 
 class Replicas:
@@ -86,14 +36,7 @@ class Replicas:
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._jitter = random.Random()
         self.failures = 0
-        self._token = token
-        headers = {"Accept-Encoding": "identity"} | ({} if token is None else {"Authorization": f"Bearer {token}"})
-        self._client = httpx2.Client(
-            headers=headers,
-            timeout=httpx2.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
-            follow_redirects=False,
-            trust_env=False,
-        )
+        self._client = HttpClient(token=token, token_key="teacher.token_variable", timeout_s=timeout_s)
 
     def ask(
         self,
@@ -115,11 +58,13 @@ class Replicas:
         for attempt in range(self._retries + 1):
             chosen = server or self._choose()
             try:
-                body = self._exchange(method, chosen + path, content=content, headers=headers, max_bytes=max_bytes)
+                body = self._client.exchange(
+                    method, chosen + path, content=content, headers=headers, max_bytes=max_bytes
+                )
                 return read(body)
-            except (_PassingError, WireError) as error:
+            except (PassingError, WireError) as error:
                 failure = self._note(chosen, failure=error)
-                status = error.status if isinstance(error, _PassingError) else None
+                status = error.status if isinstance(error, PassingError) else None
                 if attempt < self._retries:
                     self._pause(attempt, error=error)
                 if self._closed.is_set():
@@ -134,8 +79,7 @@ class Replicas:
         chosen, done = self._choose(), 0
         since_s, before = time.monotonic(), 0
         try:
-            with self._client.stream("GET", chosen + path) as response:
-                self._check_status(response, deadline_s=since_s + self._timeout_s)
+            with self._client.opened("GET", chosen + path) as response:
                 for piece in response.iter_raw():
                     done += len(piece)
                     if done > size:
@@ -145,9 +89,9 @@ class Replicas:
                     if now_s - since_s < self._timeout_s:
                         continue
                     if done - before < _STALLED_BYTES_PER_S * (now_s - since_s) and done < size:
-                        raise _PassingError(f"{path} stalled: {done - before} bytes in {now_s - since_s:.1f} s")
+                        raise PassingError(f"{path} stalled: {done - before} bytes in {now_s - since_s:.1f} s")
                     since_s, before = now_s, done
-        except (httpx2.TransportError, httpx2.InvalidURL, _PassingError) as error:
+        except PassingError as error:
             raise UnavailableError(self._note(chosen, failure=error)) from error
         if done != size:
             raise UnavailableError(f"{chosen}{path}: {done} bytes came of {size}")
@@ -173,66 +117,10 @@ class Replicas:
         with self._lock:
             self._aside_until_s[server] = time.monotonic() + _SET_ASIDE_S
             self.failures += 1
-        said = str(failure) if isinstance(failure, _PassingError | WireError) else _described(failure)
-        return self._shown(f"{server}: {said}")
-
-    def _shown(self, text: str) -> str:
-        """`text` without the token, in whatever form a server or a library repeats it."""
-        return redact(text if self._token is None else text.replace(self._token, "***"))
+        return self._client.shown(f"{server}: {failure}")
 
     def _pause(self, attempt: int, *, error: Exception) -> None:
-        wanted_s = error.retry_after_s if isinstance(error, _PassingError) else None
+        wanted_s = error.retry_after_s if isinstance(error, PassingError) else None
         if wanted_s is None:
-            wanted_s = self._jitter.uniform(0.0, min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S))
-        self._closed.wait(wanted_s)
-
-    def _exchange(
-        self, method: str, url: str, *, content: bytes | None, headers: Mapping[str, str], max_bytes: int
-    ) -> bytes:
-        deadline_s = time.monotonic() + self._timeout_s
-        pieces, size = [], 0
-        try:
-            with self._client.stream(method, url, content=content, headers=dict(headers)) as response:
-                self._check_status(response, deadline_s=deadline_s)
-                if int(_digits(response.headers.get("Content-Length")) or 0) > max_bytes:
-                    raise _PassingError(f"the answer is longer than {max_bytes} bytes")
-                for piece in response.iter_raw():
-                    size += len(piece)
-                    if size > max_bytes:
-                        raise _PassingError(f"the answer is longer than {max_bytes} bytes")
-                    if time.monotonic() > deadline_s:
-                        raise _PassingError(f"the answer was not whole after {self._timeout_s:g} s")
-                    pieces.append(piece)
-        except (httpx2.TransportError, httpx2.InvalidURL, RuntimeError) as error:
-            # A client that another thread closes raises a RuntimeError.
-            raise _PassingError(_described(error)) from error
-        return b"".join(pieces)
-
-    def _check_status(self, response: Any, *, deadline_s: float) -> None:
-        status = response.status_code
-        if status == 200:
-            return
-        if 300 <= status < 400:
-            message = f"{response.url} answered with a redirect ({status}), which is never followed"
-            raise RefusedError(message, status=status)
-        said = ""
-        for piece in response.iter_raw():
-            said += piece.decode(errors="replace")
-            if len(said) > _ERROR_BYTES or time.monotonic() > deadline_s:
-                break
-        # Hidden first: half a token would not be known for one.
-        message = f"status {status} ({self._shown(said)[:_SHOWN_CHARS].strip() or 'no text'})"
-        if status in _PASSING:
-            after = _digits(response.headers.get("Retry-After"))
-            pause_s = min(float(after), _LONGEST_RETRY_AFTER_S) if after else None
-            raise _PassingError(message, status=status, retry_after_s=pause_s)
-        hint = ": the token is missing or wrong, see teacher.token_variable" if status in (401, 403) else ""
-        raise RefusedError(f"{response.url} answered with {message}{hint}", status=status)
-
-
-def _digits(value: str | None) -> str | None:
-    return value if value is not None and value.isascii() and value.isdigit() and len(value) < 16 else None
-
-
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            wanted_s = full_jitter_s(attempt, first_s=_FIRST_PAUSE_S, longest_s=_LONGEST_PAUSE_S, draw=self._jitter)
+        self._closed.wait(min(wanted_s, _LONGEST_RETRY_AFTER_S))

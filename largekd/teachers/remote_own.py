@@ -27,8 +27,9 @@ from largekd.contracts import (
     VocabularyHead,
 )
 from largekd.errors import TeacherError
+from largekd.runtime.http import RefusedError, UnavailableError
 from largekd.teachers.remote import Answer
-from largekd.teachers.remote_http import RefusedError, Replicas, UnavailableError
+from largekd.teachers.remote_http import Replicas
 from largekd.teachers.remote_wire import (
     CONTENT_TYPE,
     MAX_MICRO_BATCHES,

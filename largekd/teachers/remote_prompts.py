@@ -20,8 +20,9 @@ import torch
 
 from largekd.contracts import Batch, Segment, SignalRequest, TeacherSignal, TopKRequest, TopKSignal
 from largekd.errors import TeacherError
+from largekd.runtime.http import RefusedError, UnavailableError
 from largekd.teachers.remote import Answer
-from largekd.teachers.remote_http import RefusedError, Replicas, UnavailableError
+from largekd.teachers.remote_http import Replicas
 from largekd.teachers.remote_wire import WireError, check_answer
 
 Entries = list[tuple[int, float]]

@@ -15,10 +15,11 @@ from tiny import VOCAB, make_rows
 
 from largekd.contracts import SampledRequest, SignalRequest, TapRequest, TopKRequest, VocabularyHead
 from largekd.errors import TeacherError
+from largekd.runtime.http import RefusedError, UnavailableError
 from largekd.teachers import remote_http
 from largekd.teachers.protocol import StoppedWaitingError, TeacherGoneError
 from largekd.teachers.remote import Patience, RemoteTeacher
-from largekd.teachers.remote_http import RefusedError, Replicas, UnavailableError
+from largekd.teachers.remote_http import Replicas
 from largekd.teachers.remote_own import Expected, HeadInfo, OwnServers, ServerInfo, fetch_head, read_head, read_info
 from largekd.teachers.remote_wire import Limits, decode_request, encode_answer
 

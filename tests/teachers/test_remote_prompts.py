@@ -13,9 +13,10 @@ from largekd.config.load import parse_config
 from largekd.contracts import SampledRequest, SignalRequest, TopKRequest
 from largekd.distillation.remote import _prompt_servers
 from largekd.errors import TeacherError
+from largekd.runtime.http import UnavailableError
 from largekd.runtime.ranks import Ranks
 from largekd.teachers.remote import Patience, RemoteTeacher
-from largekd.teachers.remote_http import Replicas, UnavailableError
+from largekd.teachers.remote_http import Replicas
 from largekd.teachers.remote_prompts import VLLM, PromptServers, SGLang, probe_tokenizer
 
 K = 5

@@ -1,0 +1,147 @@
+"""A model that judges answers: a second job in the first one's folder, and the verdicts that it gives.
+
+Its asks are those of a template that shows question and answer; they are dealt, written, paid for, committed and
+resumed as any others, below `judge/`. Whose verdict counts is decided when the answers are curated.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from largekd.config.generate import JudgeConfig
+from largekd.curation.answer_shards import Answer, read_answers
+from largekd.curation.records import Ask, Draw, Item, Parsed, Verdict, Written
+from largekd.factory.asks import seed_of
+from largekd.factory.plan import Stage
+from largekd.factory.prompts import load_prompter
+
+JUDGE_FOLDER = "judge"
+
+ReadVerdict = Callable[[Written], Verdict]
+"""What a judge's text says; `unknown` for a text that says nothing or is cut off."""
+
+
+@dataclass(frozen=True)
+class JudgeStage(Stage):
+    """A job's only stage whose answers are verdicts."""
+
+    @property
+    def folder(self) -> str:
+        """Where its shards are, below the job's folder."""
+        return JUDGE_FOLDER
+
+
+class Examines(Protocol):
+    """Finds out what is in a row's answers; see curation."""
+
+    def examine(self, item: Item, written: Sequence[Written]) -> list[tuple[Parsed, Verdict]]:
+        """Contents and verdict of each of a row's answers."""
+        ...
+
+
+def open_keys(answers: Iterable[Answer], *, config: JudgeConfig, examiner: Examines) -> list[str]:
+    """The keys of the answers that are to be judged.
+
+    Failed answers are not; with `config.answers` unknown, neither are those about which a rule has a verdict.
+    """
+    rows: defaultdict[str, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        rows[answer.ask.item.id].append(answer)
+    found = []
+    for row in rows.values():
+        # In one order, so that votes over a row's samples come out alike.
+        row.sort(key=lambda one: one.written.key)
+        examined = examiner.examine(row[0].ask.item, [one.written for one in row])
+        for answer, (_, verdict) in zip(row, examined, strict=True):
+            if answer.written.finish != "failed" and (config.answers == "all" or verdict.outcome == "unknown"):
+                found.append(answer.written.key)
+    return sorted(found)
+
+
+def judge_asks(answers: Iterable[Answer], *, keys: Collection[str], config: JudgeConfig) -> list[Ask]:
+    """What the judge is asked about the answers with these keys, in an order that does not depend on the answers'.
+
+    An ask's item has the judged answer's key as its id. Errors: ConfigError, DataError for the template.
+    """
+    prompter = load_prompter(config.template, key="judge.template")
+    wanted = set(keys)
+    asks = []
+    for answer in sorted((one for one in answers if one.written.key in wanted), key=lambda one: one.written.key):
+        item, key = answer.ask.item, answer.written.key
+        variables = {**config.variables, "question": item.question, "answer": item.answer, "text": answer.written.text}
+        messages = prompter.messages(variables, row=item.id)
+        for sample in range(config.samples):
+            asks.append(
+                Ask(
+                    item=Item(id=key, question=item.question, answer=item.answer),
+                    template=prompter.name,
+                    sample=sample,
+                    draw=_draw(config),
+                    seed=seed_of(config.seed, key, prompter.name, sample),
+                    messages=messages,
+                )
+            )
+    return asks
+
+
+def read_verdicts(folder: Path, *, asks: Iterable[Ask], read: ReadVerdict) -> dict[str, Verdict]:
+    """The verdict on each judged answer, by its key: that of most of the judge's samples, unknown where none has most.
+
+    folder: the job's. asks: those of this configuration; verdicts on others, such as an earlier template's, do not
+    count. Errors: DataError for damaged shards.
+    """
+    wanted = {ask.key: ask.item.id for ask in asks}
+    found: defaultdict[str, list[Verdict]] = defaultdict(list)
+    for ask, written in read_answers(folder / JUDGE_FOLDER):
+        if ask.key in wanted:
+            found[wanted[ask.key]].append(_verdict(written, read=read))
+    return {key: _most(verdicts) for key, verdicts in found.items()}
+
+
+class JudgedRows:
+    """An examiner whose verdicts a judge completes: where the rule knows none, or, with `answers: all`, everywhere."""
+
+    def __init__(self, examiner: Examines, *, verdicts: Mapping[str, Verdict], config: JudgeConfig) -> None:
+        self._examiner, self._verdicts, self._config = examiner, verdicts, config
+
+    def examine(self, item: Item, written: Sequence[Written]) -> list[tuple[Parsed, Verdict]]:
+        """Contents and verdict of each of a row's answers."""
+        examined = self._examiner.examine(item, written)
+        return [
+            (parsed, self._completed(verdict, key=one.key))
+            for one, (parsed, verdict) in zip(written, examined, strict=True)
+        ]
+
+    def _completed(self, verdict: Verdict, *, key: str) -> Verdict:
+        judged = self._verdicts.get(key)
+        if judged is None or (self._config.answers == "unknown" and verdict.outcome != "unknown"):
+            return verdict
+        return judged
+
+
+def _verdict(written: Written, *, read: ReadVerdict) -> Verdict:
+    if written.finish == "failed":
+        return Verdict("unknown", "judge", f"the judge did not answer: {written.failure}")
+    return read(written)
+
+
+def _most(verdicts: Sequence[Verdict]) -> Verdict:
+    if len(verdicts) == 1:
+        return verdicts[0]
+    counts = Counter(verdict.outcome for verdict in verdicts)
+    detail = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    (outcome, count), *_ = counts.most_common(1)
+    return Verdict(outcome if 2 * count > len(verdicts) else "unknown", "judge", f"{detail} of {len(verdicts)} samples")
+
+
+def _draw(config: JudgeConfig) -> Draw:
+    return Draw(
+        temperature=config.temperature,
+        top_p=1.0,
+        top_k=None,
+        min_p=0.0,
+        max_new_tokens=config.max_new_tokens,
+        stop=(),
+    )
