@@ -12,6 +12,7 @@ from torch import nn
 from largekd.distillation.step import StepSetting
 from largekd.errors import CheckpointError
 from largekd.models.decoder import Decoder
+from largekd.objectives.options import PassOptions
 from largekd.runtime.ranks import current_ranks
 from largekd.sharding.master import master_shard
 from largekd.sharding.shards import gathered
@@ -175,13 +176,13 @@ def deep_figures(*, teacher: str, student: str, rows: int, objective: dict[str, 
     side = build_side(teacher=teacher, student=student, objective=objective, micro_batch_size=share, accumulation=1)
     (batch,) = own_micro_batches(rows=rows, packed=True, micro_batch_size=share)
     side.engine.eval()
-    setting = StepSetting.at(objective=side.objective, alignment=None, step=0, max_steps=10, seed=0)
+    setting = StepSetting.at(side.objective, step=0, max_steps=10, seed=0)
     with torch.no_grad(), side.teacher.signals([batch], request=setting.request) as signals:
         outputs = side.engine(
             batch=batch,
             signal=next(signals),
             scales=torch.zeros(len(side.objective.summands)),
-            temperature=torch.tensor(setting.temperature),
+            options=PassOptions(temperature=torch.tensor(setting.temperature)),
         )
     side.engine.train()
     _, result = run_step(side, [batch], lr=0.0, term_gradients=True)

@@ -1,7 +1,6 @@
 """What the ranks do in the tests of experts."""
 
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,9 @@ from transformers import PreTrainedModel
 
 from largekd.config.initialise import InitialiseConfig
 from largekd.distillation.initialise import initialise_student
+from largekd.initialisation.expert_maps import LayerLoads
 from largekd.initialisation.loads import measure_loads
+from largekd.initialisation.statistics import Statistics
 from largekd.models.build import build_model, load_pretrained
 from largekd.models.decoder import Decoder
 from largekd.models.source import ModelFolder, read_config
@@ -30,6 +31,26 @@ def teacher_decoder(folder: str) -> Decoder:
 def measured(*, folder: str, count: int = 8) -> dict[str, Any]:
     """The loads of a mixture over some rows, which the ranks share out."""
     return measure_loads(teacher_decoder(folder), batches=_rows(count))
+
+
+class Unasked:
+    """For students that need no measurement."""
+
+    def statistics(self, *, moment: bool) -> Statistics:
+        raise AssertionError("nobody needs the teacher's activations here")
+
+    def loads(self) -> Mapping[int, LayerLoads]:
+        raise AssertionError("nobody needs the teacher's routers here")
+
+
+class Watching(Unasked):
+    """Only the routers of the mixture in a folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def loads(self) -> Mapping[int, LayerLoads]:
+        return measured(folder=self.folder)
 
 
 def initialised(
@@ -52,7 +73,7 @@ def _student(
         teacher=ModelFolder(path=Path(teacher), config=theirs, trust_remote_code=False),
         seed=3,
         ranks=Ranks(rank=dist.get_rank(), world_size=dist.get_world_size()),
-        loads=partial(measured, folder=teacher) if watch else None,
+        measures=Watching(teacher) if watch else Unasked(),
     )
     return model, report.as_mapping()
 

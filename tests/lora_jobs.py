@@ -16,7 +16,7 @@ from largekd.contracts import TapRequest
 from largekd.distillation.backbone import BackboneModel
 from largekd.distillation.builder import build_distill_model
 from largekd.distillation.layers import decoder_shape
-from largekd.distillation.step import StepSetting, step_scales, train_step
+from largekd.distillation.step import StepSetting, plan_of, step_scales, train_step
 from largekd.engine.ds_config import train_ds_config
 from largekd.engine.train import TrainEngine
 from largekd.models.build import build_model, load_pretrained
@@ -28,6 +28,7 @@ from largekd.models.source import read_config
 from largekd.monitoring.timers import Timers
 from largekd.objectives.alignment import Alignment
 from largekd.objectives.layer_maps import pair_layers
+from largekd.objectives.options import PassOptions
 from largekd.objectives.terms import build_objective
 from largekd.optim.groups import build_groups
 from largekd.runtime.ranks import current_ranks
@@ -113,7 +114,8 @@ class Adapted:
 
     def step(self, batches: list, *, step: int = 0, lr: float = 0.0) -> Any:
         """One optimizer step."""
-        setting = StepSetting.at(objective=self.objective, alignment=self.alignment, step=step, max_steps=10, seed=0)
+        plan = plan_of(self.alignment, step=step, seed=0)
+        setting = StepSetting.at(self.objective, step=step, max_steps=10, seed=0, plan=plan)
         scales = step_scales(
             batches,
             objective=self.objective,
@@ -129,7 +131,7 @@ class Adapted:
             teacher=BackboneTeacher(self.model),
             lr=lr,
             timers=Timers(),
-            measure=True,
+            options=PassOptions(measure=True),
         )
 
 

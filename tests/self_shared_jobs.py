@@ -14,7 +14,7 @@ from largekd.contracts import Batch
 from largekd.distillation.builder import build_distill_model
 from largekd.distillation.layers import decoder_shape
 from largekd.distillation.self_shared import SelfSharedModel, serve_shared, share_backbone, shared_objective, twice
-from largekd.distillation.step import StepSetting, step_scales, train_step
+from largekd.distillation.step import StepSetting, plan_of, step_scales, train_step
 from largekd.engine.ds_config import train_ds_config
 from largekd.engine.train import StepOutcome, TrainEngine
 from largekd.models.build import build_model, load_pretrained
@@ -24,6 +24,7 @@ from largekd.models.source import read_config
 from largekd.monitoring.timers import Timers
 from largekd.objectives.alignment import Alignment
 from largekd.objectives.layer_maps import pair_layers
+from largekd.objectives.options import PassOptions
 from largekd.objectives.terms import build_objective
 from largekd.optim.groups import build_groups
 from largekd.runtime.ranks import current_ranks
@@ -140,9 +141,8 @@ class Shared:
 
     def step(self, batches: list[Batch], *, step: int = 0, lr: float = 0.0, **options: Any) -> Any:
         """One optimizer step."""
-        setting = StepSetting.at(
-            objective=self.objective, alignment=self.alignment, step=step, max_steps=self.total_steps, seed=SEED
-        )
+        plan = plan_of(self.alignment, step=step, seed=SEED)
+        setting = StepSetting.at(self.objective, step=step, max_steps=self.total_steps, seed=SEED, plan=plan)
         scales = step_scales(
             batches,
             objective=self.objective,
@@ -158,8 +158,7 @@ class Shared:
             teacher=self.teacher,
             lr=lr,
             timers=Timers(),
-            measure=True,
-            **options,
+            options=PassOptions(measure=True, **options),
         )
 
 

@@ -51,7 +51,11 @@ def loaded_weights(*, folder: str, layers: list[int] | None = None, zero: dict |
         report = load_pretrained(model, folder=Path(folder), rank=dist.get_rank())
     else:
         report = load_layers(model, folder=Path(folder), rank=dist.get_rank(), layers=layers)
-    return {"weights": whole(model), "unused": report.unused, "inv_freq": model.model.rotary_emb.inv_freq.clone()}
+    return {
+        "weights": whole(model),
+        "unused": report.unused,
+        "inv_freq": model.get_decoder().rotary_emb.inv_freq.clone(),
+    }
 
 
 def random_weights(*, folder: str, seed: int) -> dict:
@@ -69,7 +73,7 @@ def hidden_and_residency(*, folder: str, precision: str = "fp32") -> dict:
     hidden = [engine(batch=join_rows(make_rows(count=2, packed=True)))["last"] for _ in range(3)][-1]
     held = resident_bytes(decoder)
     engine.close()
-    return {"hidden": hidden.float(), "held": held, "inv_freq": model.model.rotary_emb.inv_freq.dtype}
+    return {"hidden": hidden.float(), "held": held, "inv_freq": model.get_decoder().rotary_emb.inv_freq.dtype}
 
 
 def loading_peak(*, folder: str) -> dict:

@@ -46,15 +46,20 @@ def staged(assets: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
 
 def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
     """A whole run; of each phase: hooks of the student, size of optimizer state, backward calls per layer,
-    which shards moved, and how many vocabulary passes, master copies and teachers of all phases are alive."""
+    which shards moved, and how many of all phases' vocabulary passes, master copies, inheritances and teachers are
+    alive."""
     build, steps = run.build, run.run_steps
     phases: list[dict[str, Any]] = []
-    owned: list[tuple[Any, Any]] = []
+    owned: tuple[list[Any], ...] = ([], [], [])
     decoders: list[Any] = []
 
     def watched_build(*arguments: Any, **options: Any) -> Any:
         parts = build(*arguments, **options)
-        owned.append((weakref.ref(parts.engine.module.vocabulary), weakref.ref(_flat(parts.engine))))
+        inherited = options["beginning"].inherited
+        carried = () if inherited is None else (next(iter(inherited.carried.values())).master,)
+        made = ((parts.engine.module.vocabulary,), (_flat(parts.engine),), carried)
+        for kind, values in zip(owned, made, strict=True):
+            kind += map(weakref.ref, values)
         if parts.teacher_model is not None and parts.teacher_model.decoder is not None:
             decoders.append(weakref.ref(parts.teacher_model.decoder))
         return parts
@@ -78,7 +83,7 @@ def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
                 "state": _state_numel(parts.engine),
                 "backward": calls,
                 "moved": [n for n, shard in before.items() if not torch.equal(shard, own_shard(after[n]))],
-                "alive": [sum(reference() is not None for reference in kind) for kind in zip(*owned, strict=True)],
+                "alive": [sum(reference() is not None for reference in kind) for kind in owned],
                 "teacher": id(parts.teacher),
                 "decoders": len({id(decoder()) for decoder in decoders if decoder() is not None}),
             }

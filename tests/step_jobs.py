@@ -15,7 +15,7 @@ from largekd.contracts import Batch
 from largekd.distillation.builder import build_distill_model
 from largekd.distillation.layers import decoder_shape
 from largekd.distillation.router import build_router
-from largekd.distillation.step import StepSetting, step_scales, train_step
+from largekd.distillation.step import StepSetting, plan_of, step_scales, train_step
 from largekd.engine.ds_config import frozen_ds_config, train_ds_config
 from largekd.engine.frozen import FrozenEngine
 from largekd.engine.train import TrainEngine
@@ -25,6 +25,7 @@ from largekd.models.source import read_config
 from largekd.monitoring.timers import Timers
 from largekd.objectives.alignment import Alignment
 from largekd.objectives.layer_maps import pair_layers
+from largekd.objectives.options import PassOptions
 from largekd.objectives.router import RouterTerms
 from largekd.objectives.router_loads import RouterLoads
 from largekd.objectives.selection import TokenSelection
@@ -182,15 +183,8 @@ def run_step(
     left_out: tuple[tuple[int, ...], ...] = (),
     **options: Any,
 ) -> tuple[Any, Any]:
-    setting = StepSetting.at(
-        objective=side.objective,
-        alignment=side.alignment,
-        step=step,
-        max_steps=10,
-        seed=SEED,
-        left_out=left_out,
-        router=side.router,
-    )
+    plan = plan_of(side.alignment, step=step, seed=SEED, router=side.router)
+    setting = StepSetting.at(side.objective, step=step, max_steps=10, seed=SEED, plan=plan, left_out=left_out)
     selection = side.selection
     scales = step_scales(
         batches,
@@ -208,10 +202,12 @@ def run_step(
         teacher=side.teacher,
         lr=lr,
         timers=Timers(),
-        measure=measure,
-        limit=None if selection is None else selection.limit,
-        load=None if side.loads is None else side.loads.share_LX,
-        **options,
+        options=PassOptions(
+            measure=measure,
+            limit=None if selection is None else selection.limit,
+            load_LX=None if side.loads is None else side.loads.share_LX,
+            **options,
+        ),
     )
     if side.loads is not None and result.outcome.applied:
         side.loads.learn(result.extras["router"], reduce=all_sum)

@@ -1,15 +1,12 @@
 """The student's frozen base as its teacher: one decoder in one engine, which each micro-batch passes twice."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from largekd.contracts import Batch, HiddenSignal, OwnSignal, TapSignal, TeacherSignal
-from largekd.distillation.model import NO_PLAN, DistillModel
+from largekd.contracts import Batch, HiddenSignal, OwnSignal, TapRequest, TapSignal, TeacherSignal
+from largekd.distillation.model import DistillModel
 from largekd.models.lora import base_alone
-from largekd.objectives.alignment import AlignmentPlan
+from largekd.objectives.options import PLAIN, PassOptions
 
 
 class BackboneModel(DistillModel):
@@ -20,18 +17,7 @@ class BackboneModel(DistillModel):
     """
 
     def forward(
-        self,
-        *,
-        batch: Batch,
-        signal: TeacherSignal | None,
-        scales: Tensor,
-        plan: AlignmentPlan = NO_PLAN,
-        temperature: Tensor | None = None,
-        limit: Tensor | None = None,
-        load: Tensor | None = None,
-        measure: bool = False,
-        term_gradients: bool = False,
-        left_out: Sequence[int] = (),
+        self, *, batch: Batch, signal: TeacherSignal | None, scales: Tensor, options: PassOptions = PLAIN
     ) -> dict[str, Tensor]:
         """As DistillModel; `signal` says what the base is asked for, and without one it does not run.
 
@@ -39,22 +25,13 @@ class BackboneModel(DistillModel):
         """
         if signal is not None:
             assert isinstance(signal, OwnSignal), "the signal arises in here"
-            signal = self._signal(batch, plan=plan, distribution=signal.distribution)
-        options: dict[str, Any] = {"temperature": temperature, "limit": limit, "load": load, "measure": measure}
-        return super().forward(
-            batch=batch,
-            signal=signal,
-            scales=scales,
-            plan=plan,
-            term_gradients=term_gradients,
-            left_out=left_out,
-            **options,
-        )
+            signal = self._signal(batch, taps=options.plan.teacher, distribution=signal.distribution)
+        return super().forward(batch=batch, signal=signal, scales=scales, options=options)
 
-    def _signal(self, batch: Batch, *, plan: AlignmentPlan, distribution: bool) -> TeacherSignal:
+    def _signal(self, batch: Batch, *, taps: TapRequest, distribution: bool) -> TeacherSignal:
         student = self.student
         with torch.no_grad(), base_alone(student.model):
-            outputs = student(batch=batch, taps=plan.teacher)
+            outputs = student(batch=batch, taps=taps)
         if not distribution:
             return TapSignal(student.taps_of(outputs))
         # The head itself, not an alias: it is whole only inside of the vocabulary pass.

@@ -1,7 +1,8 @@
-"""The teacher's activation statistics, for the rules of initialisation that look at them."""
+"""What the teacher does on some text, for the rules of initialisation that look at it."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 
 from largekd.config.placement import Placements
 from largekd.config.run import RunConfig
@@ -9,6 +10,8 @@ from largekd.contracts import Batch
 from largekd.distillation.models import Sources
 from largekd.engine.ds_config import frozen_ds_config
 from largekd.initialisation.calibration import measure
+from largekd.initialisation.expert_maps import LayerLoads
+from largekd.initialisation.loads import measure_loads
 from largekd.initialisation.statistics import Statistics
 from largekd.models.build import build_model, load_pretrained
 from largekd.models.decoder import Decoder
@@ -17,46 +20,64 @@ from largekd.runtime.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 
-def calibrate(
-    config: RunConfig,
-    *,
-    sources: Sources,
-    rows: Callable[[int], Iterator[Batch]],
-    placements: Placements,
-    decoder: Decoder | None,
-    ranks: Ranks,
-    moment: bool,
-) -> Statistics:
-    """Measure the teacher on the first `student.initialise.calibration_rows` rows of data.train. A collective call.
+class Calibration:
+    """Measures the teacher on the first `student.initialise.calibration_rows` rows of data.train.
 
     rows: gives so many first rows, this rank's share of them. decoder: the sharded teacher before its engine; None
-    where this job has none (a cached or remote teacher), or none yet: it is then loaded for the measurement alone.
-    moment: also the second moment of the residual stream.
+    where this job has none (a cached or remote teacher), or none yet: it is then loaded once, to be measured alone.
     """
-    assert config.student.initialise is not None
-    count = config.student.initialise.calibration_rows
-    decoder = decoder or _loaded(config, sources=sources, placements=placements, ranks=ranks)
-    found = measure(decoder, batches=rows(count), moment=moment)
-    if ranks.is_main:
-        logger.info(
-            "student.initialise: measured the teacher on %s positions; influence of its layers %s",
-            f"{found.positions:,.0f}",
-            " ".join(f"{value:.3f}" for value in found.influence_N.tolist()),
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        sources: Sources,
+        rows: Callable[[int], Iterator[Batch]],
+        placements: Placements,
+        decoder: Decoder | None,
+        ranks: Ranks,
+    ) -> None:
+        self._config = config
+        self._sources = sources
+        self._rows = rows
+        self._placements = placements
+        self._given = decoder
+        self._ranks = ranks
+
+    def statistics(self, *, moment: bool) -> Statistics:
+        """Activation statistics; `moment`: also the second moment of the residual stream. A collective call."""
+        found = measure(self._decoder, batches=self._batches(), moment=moment)
+        if self._ranks.is_main:
+            logger.info(
+                "student.initialise: measured the teacher on %s positions; influence of its layers %s",
+                f"{found.positions:,.0f}",
+                " ".join(f"{value:.3f}" for value in found.influence_N.tolist()),
+            )
+        return found
+
+    def loads(self) -> Mapping[int, LayerLoads]:
+        """How much the teacher's routers use each expert, by layer. A collective call."""
+        return measure_loads(self._decoder, batches=self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
+        assert self._config.student.initialise is not None
+        return self._rows(self._config.student.initialise.calibration_rows)
+
+    @cached_property
+    def _decoder(self) -> Decoder:
+        return self._given or self._loaded()
+
+    def _loaded(self) -> Decoder:
+        """The teacher's own weights in shards, where the teacher's placement puts them, or else the student's."""
+        config, folder = self._config, self._sources.teacher
+        placement = next(iter(self._placements.teachers.values()), self._placements.student)
+        model = build_model(
+            folder.config,
+            ds_config=frozen_ds_config(placement, train=config.train, world_size=self._ranks.world_size),
+            precision=config.train.precision,
+            attention=getattr(config.teacher, "attention", config.student.attention),
+            trust_remote_code=folder.trust_remote_code,
+            key="teacher",
         )
-    return found
-
-
-def _loaded(config: RunConfig, *, sources: Sources, placements: Placements, ranks: Ranks) -> Decoder:
-    """The teacher's own weights in shards, where the teacher's placement puts them, or else the student's."""
-    folder = sources.teacher
-    placement = next(iter(placements.teachers.values()), placements.student)
-    model = build_model(
-        folder.config,
-        ds_config=frozen_ds_config(placement, train=config.train, world_size=ranks.world_size),
-        precision=config.train.precision,
-        attention=getattr(config.teacher, "attention", config.student.attention),
-        trust_remote_code=folder.trust_remote_code,
-        key="teacher",
-    )
-    load_pretrained(model, folder=folder.path, rank=ranks.rank)
-    return Decoder(model=model)
+        load_pretrained(model, folder=folder.path, rank=self._ranks.rank)
+        return Decoder(model=model)

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -32,10 +33,6 @@ logger = logging.getLogger(__name__)
 
 # What weights are made for: with another value the same numbers are another function.
 _MUST_AGREE = ("hidden_act", "hidden_activation", "partial_rotary_factor", "use_parallel_residual")
-
-
-Loads = Callable[[], Mapping[int, LayerLoads]]
-"""Measures the loads of the teacher's experts; a collective call."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +106,17 @@ RULES: Mapping[str, Callable[[Request], Plan]] = {
 }
 """student.initialise.width -> the rule."""
 
-Measure = Callable[[bool], Statistics]
-"""The teacher's statistics; the argument says whether the second moment of its stream is among them. Collective."""
+
+class Measures(Protocol):
+    """What rules can ask of the teacher; both are collective calls."""
+
+    def statistics(self, *, moment: bool) -> Statistics:
+        """The teacher's activations; `moment`: the second moment of its stream among them."""
+        ...
+
+    def loads(self) -> Mapping[int, LayerLoads]:
+        """How much the teacher's routers use each expert, by layer."""
+        ...
 
 
 def needs_statistics(config: InitialiseConfig) -> bool:
@@ -156,19 +162,16 @@ def initialise_student(
     teacher: ModelFolder,
     seed: int,
     ranks: Ranks,
-    measure: Measure | None = None,
-    loads: Loads | None = None,
+    measures: Measures,
 ) -> InitialisationReport:
     """Fill the sharded student with what its teacher's checkpoint gives. A collective call. Errors: ConfigError.
 
-    measure: called once where `needs_statistics` says so.
-    loads: measures how much the teacher's routers use each expert; None where no teacher can run in this job.
+    measures: asked once for what `needs_statistics` and `needs_loads` say.
     """
     check_initialise(config, teacher=teacher.config, student=model.config)
     statistics = None
     if needs_statistics(config):
-        assert measure is not None
-        statistics = measure(config.width == "pca")
+        statistics = measures.statistics(moment=config.width == "pca")
     layers = _layers(
         config,
         count=model.config.num_hidden_layers,
@@ -191,7 +194,7 @@ def initialise_student(
         teacher_config=teacher.config,
         seed=seed,
         prepare=plan.prepare,
-        given={**plan.given, **_experts(request, plan=plan, loads=loads, seed=seed)},
+        given={**plan.given, **_experts(request, plan=plan, measures=measures, seed=seed)},
     )
     report = fill_from(
         model, derivations=made, folder=teacher.path, rank=ranks.rank, seed=seed, teacher=_names(model, teacher)
@@ -210,24 +213,17 @@ def initialise_student(
     return report
 
 
-def _experts(request: Request, *, plan: Plan, loads: Loads | None, seed: int) -> dict[str, Derivation]:
+def _experts(request: Request, *, plan: Plan, measures: Measures, seed: int) -> dict[str, Derivation]:
     """The MLPs of layers in which teacher and student differ in their experts."""
     config, teacher, student = request.config.experts, request.teacher_config, request.model.config
-    measured: Mapping[int, LayerLoads] = {}
-    if needs_loads(config, teacher=teacher, student=student):
-        if loads is None:
-            raise ConfigError(
-                "student.initialise.experts: the teacher's routers must be watched on data.train, and in this job no "
-                "teacher with weights runs; use teacher.kind = 'online', or name the experts in fewer."
-            )
-        measured = loads()
+    watched = needs_loads(config, teacher=teacher, student=student)
     return expert_derivations(
         request.model,
         config=config,
         teacher_config=teacher,
         layers=request.layers,
         rule=rule_of_names(request.model, maps=plan.maps, teacher_config=teacher, prepare=plan.prepare),
-        loads=measured,
+        loads=measures.loads() if watched else {},
         seed=seed,
     )
 

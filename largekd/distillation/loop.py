@@ -9,7 +9,7 @@ from largekd.contracts import Batch, Progress
 from largekd.distillation.builder import Parts
 from largekd.distillation.journal import Journal
 from largekd.distillation.numerics import find_culprits
-from largekd.distillation.step import StepResult, StepSetting, step_scales, train_step
+from largekd.distillation.step import StepResult, StepSetting, plan_of, step_scales, train_step
 from largekd.distillation.window import Window
 from largekd.errors import NumericsError
 from largekd.evaluation.heldout import evaluate
@@ -19,6 +19,7 @@ from largekd.monitoring.memory import memory_figures
 from largekd.monitoring.meters import Meters
 from largekd.monitoring.monitor import Monitor
 from largekd.monitoring.timers import Timers
+from largekd.objectives.options import PassOptions
 from largekd.optim.schedule import learning_rate
 from largekd.runtime.ranks import all_agree, all_sum
 from largekd.runtime.shutdown import StopSignal
@@ -85,10 +86,12 @@ def run_steps(
                 teacher=parts.teacher,
                 lr=learning_rate(step=before.stage_step, max_steps=before.stage_length, config=config.optim),
                 timers=session.timers,
-                measure=setting.request.distribution is not None and is_health_step,
-                limit=None if selection is None else selection.limit,
-                load=None if parts.router_loads is None else parts.router_loads.share_LX,
-                term_gradients=config.log.term_gradients and is_health_step,
+                options=PassOptions(
+                    measure=setting.request.distribution is not None and is_health_step,
+                    limit=None if selection is None else selection.limit,
+                    load_LX=None if parts.router_loads is None else parts.router_loads.share_LX,
+                    term_gradients=config.log.term_gradients and is_health_step,
+                ),
             )
         except (StoppedWaitingError, TeacherGoneError) as error:
             _take_back(parts)
@@ -152,15 +155,14 @@ def evaluate_now(session: Session) -> dict[str, float] | None:
 
 
 def _setting(session: Session, *, step: int, max_steps: int) -> StepSetting:
-    parts, drop = session.parts, session.parts.layer_drop
+    parts, drop, seed = session.parts, session.parts.layer_drop, session.parts.config.train.seed
     return StepSetting.at(
-        objective=parts.objective,
-        alignment=parts.alignment,
+        parts.objective,
         step=step,
         max_steps=max_steps,
-        seed=parts.config.train.seed,
+        seed=seed,
+        plan=plan_of(parts.alignment, step=step, seed=seed, router=parts.router),
         left_out=drop.draw(step=step, max_steps=max_steps, micro_batches=parts.accumulation) if drop else (),
-        router=parts.router,
     )
 
 

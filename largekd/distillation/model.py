@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from largekd.contracts import Batch, HiddenSignal, MixtureSignal, SampledSignal, TeacherSignal, TopKSignal
 from largekd.models.decoder import Decoder
 from largekd.models.lora import plain_name
-from largekd.objectives.alignment import Alignment, AlignmentPlan
+from largekd.objectives.alignment import Alignment
+from largekd.objectives.options import PLAIN, PassOptions
 from largekd.objectives.router import RouterTerms
 from largekd.objectives.vocabulary import VocabularyPass
 from largekd.sharding.shards import register_external
 
 _STUDENT_PREFIX = "student.model."
-NO_PLAN = AlignmentPlan()
 
 
 class DistillModel(nn.Module):
@@ -46,59 +46,61 @@ class DistillModel(nn.Module):
             register_external(vocabulary, parameter)
 
     def forward(
+        self, *, batch: Batch, signal: TeacherSignal | None, scales: Tensor, options: PassOptions = PLAIN
+    ) -> dict[str, Tensor]:
+        """`scales[n]` multiplies the sum of term n; see VocabularyPass for the other figures that are returned.
+
+        With `options.term_gradients` also `alignment_squares`, which the backward pass fills with the squared norm of
+        each alignment term's gradient with respect to the student's captured activations, `deep_squares` of the
+        intermediate layers' terms, and `router_squares`. With routers also `router`, see RouterLoads.
+        """
+        first_deep = len(scales) - len(self.vocabulary.terms) * len(self.deep_layers)
+        first_router = first_deep - (0 if self.router is None else len(self.router.terms))
+        deep = self.deep_layers if self.training else ()
+        taps = options.plan.student
+        taps = replace(taps, hidden=tuple(sorted({*taps.hidden, *deep}))) if deep else taps
+        outputs = self.student(batch=batch, taps=taps, left_out=options.left_out)
+        given: dict[str, Any] = {"batch": batch, "signal": signal, "options": options}
+        results = self.losses(outputs, scales=scales[:first_router], **given)
+        if self.router is not None:
+            results = self._with_routers(results, outputs, scales=scales[first_router:first_deep], **given)
+        if self.deep_layers:
+            results = self._with_deep(results, outputs, layers=deep, scales=scales[first_deep:], **given)
+        return results
+
+    def losses(
         self,
+        outputs: Mapping[str, Tensor],
         *,
         batch: Batch,
         signal: TeacherSignal | None,
         scales: Tensor,
-        plan: AlignmentPlan = NO_PLAN,
-        temperature: Tensor | None = None,
-        limit: Tensor | None = None,
-        load: Tensor | None = None,
-        measure: bool = False,
-        term_gradients: bool = False,
-        left_out: Sequence[int] = (),
+        options: PassOptions,
     ) -> dict[str, Tensor]:
-        """`scales[n]` multiplies the sum of term n; see VocabularyPass for the other figures that are returned.
-
-        A plan without pairs leaves the alignment out; its sums are then 0. With `term_gradients` also
-        `alignment_squares`, which the backward pass fills with the squared norm of each alignment term's gradient with
-        respect to the student's captured activations, and `deep_squares` of the intermediate layers' terms, and
-        `router_squares`. `load` is the share of each expert, (layers, X); with routers also `router`, see RouterLoads.
-        left_out: layers of the student that hand their input on.
-        """
-        first_deep = len(scales) - len(self.vocabulary.terms) * len(self.deep_layers)
-        deep = self.deep_layers if self.training else ()
-        taps = replace(plan.student, hidden=tuple(sorted({*plan.student.hidden, *deep}))) if deep else plan.student
-        outputs = self.student(batch=batch, taps=taps, left_out=left_out)
-        options: dict[str, Any] = {
-            "batch": batch,
-            "signal": signal,
-            "temperature": temperature,
-            "term_gradients": term_gradients,
-        }
-        first_router = first_deep - (0 if self.router is None else len(self.router.terms))
-        results = self.losses(outputs, scales=scales[:first_router], plan=plan, limit=limit, measure=measure, **options)
-        if self.router is not None:
-            own = scales[first_router:first_deep]
-            results = self._with_routers(
-                results, outputs, batch=batch, signal=signal, scales=own, load=load, watched=term_gradients
-            )
-        if not self.deep_layers:
+        """What the last layer and the alignment add to what `forward` gives; called inside of it."""
+        terms = len(self.vocabulary.terms)
+        results = self._vocabulary(outputs["last"], batch=batch, signal=signal, scales=scales[:terms], options=options)
+        if self.alignment is None:
             return results
-        found = [
-            self._deep_losses(outputs, layer=layer, scales=part, **options)
-            for layer, part in zip(deep, scales[first_deep:].split(len(self.vocabulary.terms)), strict=False)
-        ]
-        sums = [layer["sums"] for layer in found] or [results["sums"].new_zeros(len(scales) - first_deep)]
-        results["sums"] = torch.cat([results["sums"], *sums])
-        for layer in found:
-            results["loss"] = results["loss"] + layer["loss"]
-        if term_gradients and found:
-            results["deep_squares"] = torch.cat([layer["squares"] for layer in found])
-        return results
+        if not options.plan.pairs:
+            return _with_zeros(results, count=len(scales) - terms)
+        assert signal is not None, "alignment needs the teacher's captured activations"
+        squares_N = scales.new_zeros(len(scales) - terms) if options.term_gradients else None
+        sums_N = self.alignment(
+            self.student.taps_of(outputs), signal.taps, batch=batch, plan=options.plan, squares_N=squares_N
+        )
+        results = _with_sums(results, sums_N, scales=scales[terms:])
+        return results if squares_N is None else results | {"alignment_squares": squares_N}
 
-    def _vocabulary(self, hidden_BSD: Tensor, *, signal: TeacherSignal | None, **options: Any) -> dict[str, Tensor]:
+    def _vocabulary(
+        self,
+        hidden_BSD: Tensor,
+        *,
+        batch: Batch,
+        signal: TeacherSignal | None,
+        scales: Tensor,
+        options: PassOptions,
+    ) -> dict[str, Tensor]:
         spec = self.student.head_spec
         results: dict[str, Tensor] = self.vocabulary(
             hidden_BSD,
@@ -107,8 +109,13 @@ class DistillModel(nn.Module):
             head_scale=spec.scale,
             softcap=spec.softcap,
             vocab_size=spec.vocab_size,
+            batch=batch,
             signal=signal if isinstance(signal, HiddenSignal | TopKSignal | SampledSignal | MixtureSignal) else None,
-            **options,
+            scales=scales,
+            temperature=options.temperature,
+            limit=options.limit,
+            measure=options.measure,
+            term_gradients=options.term_gradients,
         )
         return results
 
@@ -120,75 +127,67 @@ class DistillModel(nn.Module):
         batch: Batch,
         signal: TeacherSignal | None,
         scales: Tensor,
-        load: Tensor | None,
-        watched: bool,
+        options: PassOptions,
     ) -> dict[str, Tensor]:
         """`results` with what the routers add."""
         assert self.router is not None
-        if load is None or not self.training:
-            return results | {"sums": torch.cat([results["sums"], results["sums"].new_zeros(len(scales))])}
-        squares_N = torch.zeros_like(scales) if watched else None
+        if options.load_LX is None or not self.training:
+            return _with_zeros(results, count=len(scales))
+        squares_N = torch.zeros_like(scales) if options.term_gradients else None
         sums_N, figures = self.router(
             self.student.taps_of(outputs),
             None if signal is None else signal.taps,
             batch=batch,
-            load_LX=load,
+            load_LX=options.load_LX,
             squares_N=squares_N,
         )
-        found = {
-            "loss": results["loss"] + (sums_N * scales).sum(),
-            "sums": torch.cat([results["sums"], sums_N.detach().to(results["sums"].dtype)]),
-            "router": figures,
-        }
-        return results | found | ({} if squares_N is None else {"router_squares": squares_N})
+        results = _with_sums(results, sums_N, scales=scales) | {"router": figures}
+        return results if squares_N is None else results | {"router_squares": squares_N}
 
-    def _deep_losses(self, outputs: Mapping[str, Tensor], *, layer: int, **options: Any) -> dict[str, Tensor]:
-        """The vocabulary terms of an intermediate layer, read through the final norm and the head."""
-        norm = self.student.final_norm
-        assert norm is not None
-        return self._vocabulary(norm(outputs[f"hidden.{layer}"]), **options)
-
-    def losses(
+    def _with_deep(
         self,
+        results: dict[str, Tensor],
         outputs: Mapping[str, Tensor],
         *,
-        batch: Batch,
-        signal: TeacherSignal | None,
+        layers: Sequence[int],
         scales: Tensor,
-        plan: AlignmentPlan,
-        temperature: Tensor | None,
-        limit: Tensor | None,
-        measure: bool,
-        term_gradients: bool,
+        options: PassOptions,
+        **given: Any,
     ) -> dict[str, Tensor]:
-        """What the last layer and the alignment add to what `forward` gives; called inside of it."""
-        terms = len(self.vocabulary.terms)
-        results = self._vocabulary(
-            outputs["last"],
-            batch=batch,
-            signal=signal,
-            scales=scales[:terms],
-            temperature=temperature,
-            limit=limit,
-            measure=measure,
-            term_gradients=term_gradients,
-        )
-        if self.alignment is None:
-            return results
-        if not plan.pairs:
-            zeros = scales.new_zeros(len(scales) - terms)
-            return results | {"sums": torch.cat([results["sums"], zeros])}
-        assert signal is not None, "alignment needs the teacher's captured activations"
-        squares_N = scales.new_zeros(len(scales) - terms) if term_gradients else None
-        sums_N = self.alignment(self.student.taps_of(outputs), signal.taps, batch=batch, plan=plan, squares_N=squares_N)
-        results = results | {
-            "loss": results["loss"] + (sums_N * scales[terms:]).sum(),
-            "sums": torch.cat([results["sums"], sums_N.detach().to(results["sums"].dtype)]),
-        }
-        return results if squares_N is None else results | {"alignment_squares": squares_N}
+        """`results` with the vocabulary terms of `layers`, read through the final norm and the head."""
+        if not layers:
+            return _with_zeros(results, count=len(scales))
+        norm = self.student.final_norm
+        assert norm is not None
+        # A selection of tokens, and health figures, are of the last layer alone.
+        options = replace(options, limit=None, measure=False)
+        found = [
+            self._vocabulary(norm(outputs[f"hidden.{layer}"]), scales=part, options=options, **given)
+            for layer, part in zip(layers, scales.split(len(self.vocabulary.terms)), strict=True)
+        ]
+        loss, sums = results["loss"], torch.cat([results["sums"], *(layer["sums"] for layer in found)])
+        for layer in found:
+            loss = loss + layer["loss"]
+        results = results | {"loss": loss, "sums": sums}
+        if options.term_gradients:
+            results["deep_squares"] = torch.cat([layer["squares"] for layer in found])
+        return results
 
     def named_trainables(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Parameters under the names that a user knows: the student's as in its Hugging Face checkpoint, those of
         alignment terms as `alignment.terms.<term>.…`."""
         for name, parameter in self.named_parameters():
             yield plain_name(name.removeprefix(_STUDENT_PREFIX)), parameter
+
+
+def _with_sums(results: dict[str, Tensor], sums_N: Tensor, *, scales: Tensor) -> dict[str, Tensor]:
+    """`results` with further terms, in the loss and among the sums."""
+    return results | {
+        "loss": results["loss"] + (sums_N * scales).sum(),
+        "sums": torch.cat([results["sums"], sums_N.detach().to(results["sums"].dtype)]),
+    }
+
+
+def _with_zeros(results: dict[str, Tensor], *, count: int) -> dict[str, Tensor]:
+    """`results` with the sums of terms that take no part."""
+    return results | {"sums": torch.cat([results["sums"], results["sums"].new_zeros(count)])}

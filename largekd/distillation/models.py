@@ -19,7 +19,7 @@ from largekd.config.teacher import (
 )
 from largekd.data.vocabulary import check_same_tokenizer, load_tokenizer, shared_tokens
 from largekd.distillation.design import designed_config
-from largekd.distillation.initialise import Loads, Measure, check_initialise, initialise_student
+from largekd.distillation.initialise import Measures, check_initialise, initialise_student
 from largekd.errors import ConfigError
 from largekd.initialisation.report import InitialisationReport
 from largekd.models.build import build_model, config_with_layers, initialise_randomly, load_layers, load_pretrained
@@ -175,16 +175,15 @@ def build_student(
     sources: Sources,
     ds_config: Mapping[str, Any],
     ranks: Ranks,
+    measures: Measures,
+    report_to: Callable[[InitialisationReport], None],
     resumed: bool = False,
-    measure: Measure | None = None,
-    report_to: Callable[[InitialisationReport], None] = lambda report: None,
-    loads: Loads | None = None,
 ) -> Decoder:
     """The sharded student: pretrained, some layers of a pretrained model, random, or made of the teacher.
 
-    measure: gives the teacher's statistics to the rules of initialisation that need them.
-    report_to: takes the report of an initialisation, which a resumed run does not repeat: its checkpoint replaces
-    whatever weights are drawn here. loads: see `initialise_student`. A collective call.
+    measures: of the teacher, for the rules of initialisation that need them. report_to: takes the report of an
+    initialisation, which a resumed run does not repeat: its checkpoint replaces whatever weights are drawn here.
+    A collective call.
     """
     model = build_model(
         sources.student_config,
@@ -205,8 +204,7 @@ def build_student(
                 teacher=sources.teacher,
                 seed=config.train.seed,
                 ranks=ranks,
-                measure=measure,
-                loads=loads,
+                measures=measures,
             )
         )
     elif config.student.teacher_layers is None:

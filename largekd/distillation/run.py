@@ -15,12 +15,13 @@ from largekd.checkpoint.state import JsonOwner, RandomOwner, StateOwner, load_st
 from largekd.config.render import render_config
 from largekd.config.run import RunConfig
 from largekd.contracts import Batch
-from largekd.distillation.builder import Inherited, Parts, build
+from largekd.distillation.builder import Parts, build
 from largekd.distillation.folder import CHECKPOINT_FOLDER, mark_done, open_folder
 from largekd.distillation.journal import Journal
 from largekd.distillation.loop import Session, evaluate_now, run_steps
 from largekd.distillation.output import export_student, write_summary
 from largekd.distillation.phases import Phase
+from largekd.distillation.prepared import Beginning, Inherited
 from largekd.distillation.remote import Surroundings
 from largekd.distillation.stages import hand_over, phase_of, prepare_stages, stage_folder
 from largekd.engine.carried import frozen_digest
@@ -113,18 +114,20 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         def enter(phase: Phase, *, inherited: Inherited | None) -> None:
             """Build the parts of a phase; the first one of this process may have a checkpoint."""
             watchdog.beat(f"build {phase.name}", allowed_s=_DAY_S)
+            if inherited is not None:
+                fault_point("stage:switch", rank=ranks.rank, step=journal.progress.step)
             here.phase = phase
             here.parts = build(
-                phase.config,
-                prepared=prepared[phase.stage.index],
-                ranks=ranks,
+                prepared[phase.stage.index],
                 folder=stage_folder(folder, stage=phase.stage, config=config),
-                resumed=not phase.begins_stage or (inherited is None and checkpoint is not None),
+                beginning=Beginning(
+                    phase=phase.index,
+                    frozen=phase.frozen,
+                    resumed=not phase.begins_stage or (inherited is None and checkpoint is not None),
+                    inherited=inherited,
+                    updates=journal.updates,
+                ),
                 around=around,
-                frozen=phase.frozen,
-                inherited=inherited,
-                updates=journal.updates,
-                phase=phase.index,
             )
             # Transformers and DeepSpeed have set up their own loggers by now.
             configure_logging(level=config.log.level, rank=ranks.rank)
@@ -166,9 +169,8 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
                 _stopped(session(), journal=journal)
                 return None
             following = phases[here.phase.index + 1]
-            inherited = here.hand_over(to=following)
-            fault_point("stage:switch", rank=ranks.rank, step=journal.progress.step)
-            enter(following, inherited=inherited)
+            # Under no name here: what was handed over, as large as the optimizer, is not to outlive the switch.
+            enter(following, inherited=here.hand_over(to=following))
             journal.updates = dict(here.parts.updates)
             journal.progress = following.enter(journal.progress, total=phases[-1].end)
         if not _assess(session(), journal=journal, name="after"):

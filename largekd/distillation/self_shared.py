@@ -14,12 +14,13 @@ from largekd.config.alignment import ClosestLayersConfig
 from largekd.config.objective_checks import TEACHER_LOSS
 from largekd.config.run import RunConfig
 from largekd.contracts import Batch, HiddenSignal, TapRequest, Taps, TeacherSignal
-from largekd.distillation.model import NO_PLAN, DistillModel
+from largekd.distillation.model import DistillModel
 from largekd.models.adapters import adapt, adapter_sizes, check_family
 from largekd.models.decoder import Decoder
 from largekd.models.pruning import PrunedStudent, check_targets
-from largekd.objectives.alignment import Alignment, AlignmentPlan
+from largekd.objectives.alignment import Alignment
 from largekd.objectives.layer_maps import LayerPair, pair_layers
+from largekd.objectives.options import PLAIN, PassOptions
 from largekd.objectives.router import RouterTerms
 from largekd.objectives.terms import Objective, Summand, VocabularyTerm
 from largekd.objectives.vocabulary import VocabularyPass
@@ -55,27 +56,17 @@ class SelfSharedModel(DistillModel):
             register_external(self.teacher_vocabulary, parameter)
 
     def forward(
-        self,
-        *,
-        batch: Batch,
-        signal: TeacherSignal | None,
-        scales: Tensor,
-        plan: AlignmentPlan = NO_PLAN,
-        temperature: Tensor | None = None,
-        limit: Tensor | None = None,
-        load: Tensor | None = None,
-        measure: bool = False,
-        term_gradients: bool = False,
-        left_out: Sequence[int] = (),
+        self, *, batch: Batch, signal: TeacherSignal | None, scales: Tensor, options: PassOptions = PLAIN
     ) -> dict[str, Tensor]:
-        """As DistillModel; `signal` is None, `left_out` empty, and the last of the sums is the teacher's cross-entropy.
+        """As DistillModel; `signal` is None, no layer is left out, and the last of the sums is the teacher's
+        cross-entropy.
 
-        Without gradients that loss is left out, and its sum is 0. With `term_gradients` also `teacher_squares`.
+        Without gradients that loss is left out, and its sum is 0. With `options.term_gradients` also `teacher_squares`.
         """
         assert signal is None, "the signal arises in here"
-        assert not left_out, "which layers go is what pruning finds"
-        assert load is None, "the configuration refuses objective.router here"
-        layers = sorted({*plan.student.hidden, *plan.teacher.hidden})
+        assert not options.left_out, "which layers go is what pruning finds"
+        assert options.load_LX is None, "the configuration refuses objective.router here"
+        layers = sorted({*options.plan.student.hidden, *options.plan.teacher.hidden})
         outputs = self.student(batch=twice(batch), taps=TapRequest(hidden=tuple(layers)), adapters="both")
         rows = len(batch.input_ids_BS)
         teacher = {name: tensor[:rows] for name, tensor in outputs.items()}
@@ -85,16 +76,13 @@ class SelfSharedModel(DistillModel):
             batch=batch,
             signal=self._signal({name: tensor.detach() for name, tensor in teacher.items()}),
             scales=scales[:-1],
-            plan=plan,
-            temperature=temperature,
-            limit=limit,
-            measure=measure,
-            term_gradients=term_gradients,
+            options=options,
         )
         if not torch.is_grad_enabled():
             return results | {"sums": torch.cat([results["sums"], results["sums"].new_zeros(1)])}
-        own = self._teachers_loss(teacher["last"], batch=batch, scale=scales[-1:], term_gradients=term_gradients)
-        squares = {"teacher_squares": own["squares"]} if term_gradients else {}
+        watched = options.term_gradients
+        own = self._teachers_loss(teacher["last"], batch=batch, scale=scales[-1:], term_gradients=watched)
+        squares = {"teacher_squares": own["squares"]} if watched else {}
         return (
             results
             | {"loss": results["loss"] + own["loss"], "sums": torch.cat([results["sums"], own["sums"]])}

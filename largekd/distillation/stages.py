@@ -10,8 +10,9 @@ from largekd.config.freezing_checks import check_switchable
 from largekd.config.render import config_to_mapping
 from largekd.config.run import RunConfig
 from largekd.config.staging import Stage, keeps_teacher, stages_of
-from largekd.distillation.builder import Inherited, Parts, Prepared, prepare
+from largekd.distillation.builder import Parts
 from largekd.distillation.phases import Phase, describe_phases, plan_phases
+from largekd.distillation.prepared import Inherited, Prepared, prepare
 from largekd.engine.carried import release, take
 from largekd.errors import CheckpointError, ConfigError
 from largekd.runtime.ranks import Ranks, Together

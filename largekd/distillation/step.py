@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from largekd.contracts import COUNT_NAMES, Batch, SignalRequest, counts_of
 from largekd.engine.train import StepOutcome, TrainEngine
 from largekd.monitoring.timers import Timers
 from largekd.objectives.alignment import Alignment, AlignmentPlan
+from largekd.objectives.options import PLAIN, PassOptions
 from largekd.objectives.router import RouterTerms
 from largekd.objectives.terms import Objective
 from largekd.runtime.ranks import all_sum
@@ -32,18 +33,15 @@ class StepSetting:
     @classmethod
     def at(
         cls,
-        *,
         objective: Objective,
-        alignment: Alignment | None,
+        *,
         step: int,
         max_steps: int,
         seed: int,
+        plan: AlignmentPlan = PLAIN.plan,
         left_out: tuple[tuple[int, ...], ...] = (),
-        router: RouterTerms | None = None,
     ) -> "StepSetting":
         """The setting of step `step` (0 is the first): a function of its arguments alone, the same on all ranks."""
-        plan = AlignmentPlan() if alignment is None else alignment.plan(seed=seed, step=step)
-        plan = plan if router is None else router.extend(plan)
         return cls(
             factors=objective.factors(step=step, max_steps=max_steps),
             temperature=objective.temperature(step=step, max_steps=max_steps),
@@ -52,6 +50,12 @@ class StepSetting:
             request=objective.request(step=step, max_steps=max_steps, taps=plan.teacher, seed=seed),
             left_out=left_out,
         )
+
+
+def plan_of(alignment: Alignment | None, *, step: int, seed: int, router: RouterTerms | None = None) -> AlignmentPlan:
+    """The layers and pairs that take part in a step: a function of (seed, step)."""
+    plan = AlignmentPlan() if alignment is None else alignment.plan(seed=seed, step=step)
+    return plan if router is None else router.extend(plan)
 
 
 @dataclass(frozen=True)
@@ -125,30 +129,26 @@ def train_step(
     teacher: Teacher,
     lr: float,
     timers: Timers,
-    measure: bool,
-    limit: Tensor | None = None,
-    load: Tensor | None = None,
-    term_gradients: bool = False,
+    options: PassOptions = PLAIN,
 ) -> StepResult:
-    """Run the step's micro-batches through teacher and student and update once."""
+    """Run the step's micro-batches through teacher and student and update once.
+
+    options: of every micro-batch; plan, temperature and the layers that are left out come from `setting`.
+    """
     losses, figures = [], []
     temperature = torch.tensor(setting.temperature, device=scales.per_term.device) if setting.tempered else None
+    options = replace(options, plan=setting.plan, temperature=temperature)
     with ExitStack() as stack:
         with timers.section("teacher"):
             signals = stack.enter_context(teacher.signals(batches, request=setting.request))
         with timers.section("student"):
             for index, batch in enumerate(batches):
+                left_out = setting.left_out[index] if setting.left_out else ()
                 outputs = engine(
                     batch=batch,
                     signal=next(signals),
                     scales=scales.per_term,
-                    plan=setting.plan,
-                    temperature=temperature,
-                    limit=limit,
-                    load=load,
-                    measure=measure,
-                    term_gradients=term_gradients,
-                    left_out=setting.left_out[index] if setting.left_out else (),
+                    options=replace(options, left_out=left_out),
                 )
                 loss = outputs.pop("loss")
                 engine.backward(loss, last=index == len(batches) - 1)

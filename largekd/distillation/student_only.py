@@ -1,5 +1,6 @@
 """The student of a run before its first step, as a plain Hugging Face folder."""
 
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -8,14 +9,14 @@ from largekd.config.checks import check_world
 from largekd.config.placement import read_placements
 from largekd.config.render import render_config
 from largekd.config.run import RunConfig
-from largekd.distillation.calibrate import calibrate
-from largekd.distillation.data import build_data
-from largekd.distillation.models import build_student, find_sources
+from largekd.distillation.calibrate import Calibration
+from largekd.distillation.data import RunData, build_data
+from largekd.distillation.models import Sources, build_student, find_sources
 from largekd.engine.ds_config import train_ds_config
 from largekd.errors import ConfigError
 from largekd.initialisation.report import REPORT_FILE, InitialisationReport
-from largekd.initialisation.statistics import Statistics
 from largekd.models.build import DTYPES
+from largekd.models.decoder import Decoder
 from largekd.models.export import save_extras, stream_tensors
 from largekd.runtime.files import write_json
 from largekd.runtime.logging import configure_logging, write_line
@@ -60,23 +61,36 @@ def _write(config: RunConfig, *, target: Path, ranks: Ranks) -> None:
 
     sources = find_sources(config, first=first)
 
-    def measure(moment: bool) -> Statistics:
-        with TemporaryDirectory() as scratch:
-            data = build_data(config, sources=sources, ranks=ranks, folder=Path(scratch), first=first)
-            return calibrate(
-                config,
-                sources=sources,
-                rows=data.first_rows,
-                placements=placements,
-                decoder=None,
-                ranks=ranks,
-                moment=moment,
-            )
-
     reports: list[InitialisationReport] = []
-    student = build_student(
-        config, sources=sources, ds_config=ds_config, ranks=ranks, measure=measure, report_to=reports.append
-    )
+    with TemporaryDirectory() as scratch:
+
+        @cache
+        def data() -> RunData:
+            return build_data(config, sources=sources, ranks=ranks, folder=Path(scratch), first=first)
+
+        measures = Calibration(
+            config,
+            sources=sources,
+            rows=lambda count: data().first_rows(count),
+            placements=placements,
+            decoder=None,
+            ranks=ranks,
+        )
+        student = build_student(
+            config, sources=sources, ds_config=ds_config, ranks=ranks, measures=measures, report_to=reports.append
+        )
+    _write_folder(config, student=student, sources=sources, report=reports[0], target=target, ranks=ranks)
+
+
+def _write_folder(
+    config: RunConfig,
+    *,
+    student: Decoder,
+    sources: Sources,
+    report: InitialisationReport,
+    target: Path,
+    ranks: Ranks,
+) -> None:
     dtype = DTYPES[config.export.dtype or config.train.precision]
 
     def extras(pending: Path) -> None:
@@ -87,7 +101,7 @@ def _write(config: RunConfig, *, target: Path, ranks: Ranks) -> None:
             tokenizer=sources.tokenizer,
             source=sources.tokenizer_folder,
         )
-        write_json(pending / REPORT_FILE, value=reports[0].as_mapping())
+        write_json(pending / REPORT_FILE, value=report.as_mapping())
 
     write_export(
         target,

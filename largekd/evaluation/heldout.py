@@ -8,6 +8,7 @@ import torch
 from largekd.contracts import HEALTH_NAMES, Batch, SignalRequest
 from largekd.engine.train import TrainEngine
 from largekd.monitoring.health import health_means, perplexity
+from largekd.objectives.options import PassOptions
 from largekd.runtime.ranks import all_sum
 from largekd.teachers.protocol import Teacher
 
@@ -47,8 +48,8 @@ def evaluate(
                 for batch in moved:
                     signal = next(signals)
                     for depth, total in totals.items():
-                        left_out = () if depth is None else depths[depth]
-                        outputs = engine(batch=batch, signal=signal, scales=scales, measure=True, left_out=left_out)
+                        options = PassOptions(measure=True, left_out=() if depth is None else depths[depth])
+                        outputs = engine(batch=batch, signal=signal, scales=scales, options=options)
                         total += outputs["health"].double()
     engine.train()
     found = {depth: _figures(all_sum(total).tolist()) for depth, total in totals.items()}

@@ -12,7 +12,7 @@ from tiny import save_tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from largekd.initialisation.calibration import real_positions
+from largekd.initialisation.forwards import real_positions
 from largekd.initialisation.influence import influential_layers
 
 ROWS = 7

@@ -236,10 +236,3 @@ def test_slices_that_do_not_come_out_are_refused(tmp_path):
             check_initialise(
                 config, teacher=AutoConfig.from_pretrained(teacher), student=AutoConfig.from_pretrained(student)
             )
-
-
-def test_a_teacher_that_does_not_run_cannot_be_watched(two_ranks, tmp_path):
-    teacher = save_moe(tmp_path / "teacher", "mixtral", seed=2)
-    student = shape_like(teacher, tmp_path / "student", "mixtral", **mixture(experts=2, active=2, width=0))
-    with pytest.raises(AssertionError, match=r"use teacher\.kind = 'online', or name the experts in fewer"):
-        two_ranks.run(initialised, teacher=str(teacher), student=str(student), initialise={})

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, build, family_config, logits, narrow, save
+from safetensors.torch import load_file
 
 from largekd.initialisation.axes import Select, StudentMaps
 from largekd.initialisation.derive import derivations
@@ -48,6 +49,16 @@ def test_a_student_of_the_same_shape_is_the_teacher_bit_for_bit(family, tmp_path
     assert [entry.name for entry in report.entries] == list(weights)
     assert report.copied_frac == 1.0
     assert {entry.how for entry in report.entries} == {"copied"}
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "qwen3_moe"])
+def test_folders_of_transformers_with_other_names_are_read(family, tmp_path):
+    teacher = build(family_config(family), seed=1)
+    teacher.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() - dict(teacher.named_parameters()).keys()
+    student, report = filled(teacher, tmp_path, config=family_config(family))
+    assert torch.equal(logits(student), logits(teacher))
+    assert report.copied_frac == 1.0
 
 
 @pytest.mark.parametrize("even", [False, True])

@@ -17,11 +17,13 @@ from largekd.config.train import OptimConfig, TrainConfig
 from largekd.contracts import IGNORE_LABEL, Batch
 from largekd.distillation.builder import build_distill_model
 from largekd.distillation.step import StepSetting, step_scales, train_step
+from largekd.engine.carried import take
 from largekd.engine.ds_config import frozen_ds_config, train_ds_config
 from largekd.engine.frozen import FrozenEngine
 from largekd.engine.train import TrainEngine
 from largekd.models.build import build_model, load_pretrained
 from largekd.models.decoder import Decoder
+from largekd.models.frozen_layers import FrozenLayers, freeze_layers
 from largekd.models.source import read_config
 from largekd.monitoring.timers import Timers
 from largekd.objectives.terms import Objective, build_objective
@@ -32,6 +34,8 @@ from largekd.teachers.online import OnlineTeacher
 
 PLACEMENTS = {"teacher": "ds_configs/teacher_zero3.json", "student": "ds_configs/zero3.json"}
 COMPILED = "ours_compiled"
+# What does not learn: the lower half of the student's layers, alone or with the look-up of the embeddings.
+FROZEN = {"ours_frozen_layers": False, "ours_frozen": True}
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def run(job: Job) -> dict[str, Any]:
         for step in range(job.steps):
             clock.before_step(step)
             batches = [make_batch(job.cell, step=step, rank=rank).to(device=device())]
-            setting = StepSetting.at(objective=objective, alignment=None, step=step, max_steps=job.steps, seed=0)
+            setting = StepSetting.at(objective, step=step, max_steps=job.steps, seed=0)
             scales = step_scales(
                 batches, objective=objective, factors=setting.factors, world_size=ranks, device=device()
             )
@@ -55,11 +59,10 @@ def run(job: Job) -> dict[str, Any]:
                 teacher=teacher,
                 lr=LR,
                 timers=Timers(),
-                measure=False,
             )
             clock.after_step(step)
             clock.add_loss(float(result.sums.sum()) / float(batches[0].counted_T.numel()))
-        report = clock.report()
+        report = clock.report() | {"optimizer_bytes": _optimizer_bytes(engine)}
         teacher.close()
         engine.close()
     return report
@@ -85,10 +88,20 @@ def build_engines(job: Job, /) -> tuple[TrainEngine, OnlineTeacher, Objective]:
         ObjectiveConfig(alpha=1.0, divergences=(ForwardKLConfig(name="forward_kl"),), compile=job.contender == COMPILED)
     )
     module = build_distill_model(objective, student=student)
+    if job.contender in FROZEN:
+        lower = tuple(range(cell.student[0] // 2))
+        freeze_layers(student.model, frozen=FrozenLayers(lower, embeddings=FROZEN[job.contender]))
     frozen_engine = FrozenEngine(module=teacher, ds_config=frozen)
     engine = TrainEngine(module=module, groups=build_groups(module.named_trainables(), config=optim), ds_config=trained)
     served = OnlineTeacher(engine=frozen_engine, decoder=teacher, gather_head_once=True, shared_ids=cell.vocab)
     return engine, served, objective
+
+
+def _optimizer_bytes(engine: TrainEngine) -> int:
+    """Master copies and moments of what learns, on this rank."""
+    named = [(name, weight) for name, weight in engine.module.named_parameters() if weight.requires_grad]
+    carried = take(named, moments=True).values()
+    return sum(tensor.nbytes for entry in carried for tensor in (entry.master, *entry.moments.values()))
 
 
 def make_batch(cell: Cell, /, *, step: int, rank: int) -> Batch:
