@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 
 from largekd.config.placement import Placements
@@ -20,6 +21,7 @@ from largekd.runtime.ranks import Ranks
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class Calibration:
     """Measures the teacher on the first `student.initialise.calibration_rows` rows of data.train.
 
@@ -27,27 +29,17 @@ class Calibration:
     where this job has none (a cached or remote teacher), or none yet: it is then loaded once, to be measured alone.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        *,
-        sources: Sources,
-        rows: Callable[[int], Iterator[Batch]],
-        placements: Placements,
-        decoder: Decoder | None,
-        ranks: Ranks,
-    ) -> None:
-        self._config = config
-        self._sources = sources
-        self._rows = rows
-        self._placements = placements
-        self._given = decoder
-        self._ranks = ranks
+    config: RunConfig
+    sources: Sources
+    rows: Callable[[int], Iterator[Batch]]
+    placements: Placements
+    decoder: Decoder | None
+    ranks: Ranks
 
     def statistics(self, *, moment: bool) -> Statistics:
         """Activation statistics; `moment`: also the second moment of the residual stream. A collective call."""
-        found = measure(self._decoder, batches=self._batches(), moment=moment)
-        if self._ranks.is_main:
+        found = measure(self._teacher, batches=self._batches(), moment=moment)
+        if self.ranks.is_main:
             logger.info(
                 "student.initialise: measured the teacher on %s positions; influence of its layers %s",
                 f"{found.positions:,.0f}",
@@ -57,27 +49,27 @@ class Calibration:
 
     def loads(self) -> Mapping[int, LayerLoads]:
         """How much the teacher's routers use each expert, by layer. A collective call."""
-        return measure_loads(self._decoder, batches=self._batches())
+        return measure_loads(self._teacher, batches=self._batches())
 
     def _batches(self) -> Iterator[Batch]:
-        assert self._config.student.initialise is not None
-        return self._rows(self._config.student.initialise.calibration_rows)
+        assert self.config.student.initialise is not None
+        return self.rows(self.config.student.initialise.calibration_rows)
 
     @cached_property
-    def _decoder(self) -> Decoder:
-        return self._given or self._loaded()
+    def _teacher(self) -> Decoder:
+        return self.decoder or self._loaded()
 
     def _loaded(self) -> Decoder:
         """The teacher's own weights in shards, where the teacher's placement puts them, or else the student's."""
-        config, folder = self._config, self._sources.teacher
-        placement = next(iter(self._placements.teachers.values()), self._placements.student)
+        config, folder = self.config, self.sources.teacher
+        placement = next(iter(self.placements.teachers.values()), self.placements.student)
         model = build_model(
             folder.config,
-            ds_config=frozen_ds_config(placement, train=config.train, world_size=self._ranks.world_size),
+            ds_config=frozen_ds_config(placement, train=config.train, world_size=self.ranks.world_size),
             precision=config.train.precision,
             attention=getattr(config.teacher, "attention", config.student.attention),
             trust_remote_code=folder.trust_remote_code,
             key="teacher",
         )
-        load_pretrained(model, folder=folder.path, rank=self._ranks.rank)
+        load_pretrained(model, folder=folder.path, rank=self.ranks.rank)
         return Decoder(model=model)

@@ -79,7 +79,7 @@ class DistillModel(nn.Module):
     ) -> dict[str, Tensor]:
         """What the last layer and the alignment add to what `forward` gives; called inside of it."""
         terms = len(self.vocabulary.terms)
-        results = self._vocabulary(outputs["last"], batch=batch, signal=signal, scales=scales[:terms], options=options)
+        results = self.read_head(outputs["last"], batch=batch, signal=signal, scales=scales[:terms], options=options)
         if self.alignment is None:
             return results
         if not options.plan.pairs:
@@ -92,7 +92,7 @@ class DistillModel(nn.Module):
         results = _with_sums(results, sums_N, scales=scales[terms:])
         return results if squares_N is None else results | {"alignment_squares": squares_N}
 
-    def _vocabulary(
+    def read_head(
         self,
         hidden_BSD: Tensor,
         *,
@@ -100,9 +100,11 @@ class DistillModel(nn.Module):
         signal: TeacherSignal | None,
         scales: Tensor,
         options: PassOptions,
+        vocabulary: VocabularyPass | None = None,
     ) -> dict[str, Tensor]:
+        """The terms of `vocabulary`, by default the student's own, of states that its head reads."""
         spec = self.student.head_spec
-        results: dict[str, Tensor] = self.vocabulary(
+        results: dict[str, Tensor] = (vocabulary or self.vocabulary)(
             hidden_BSD,
             self.student.head_weight,
             self.student.head_bias,
@@ -162,7 +164,7 @@ class DistillModel(nn.Module):
         # A selection of tokens, and health figures, are of the last layer alone.
         options = replace(options, limit=None, measure=False)
         found = [
-            self._vocabulary(norm(outputs[f"hidden.{layer}"]), scales=part, options=options, **given)
+            self.read_head(norm(outputs[f"hidden.{layer}"]), scales=part, options=options, **given)
             for layer, part in zip(layers, scales.split(len(self.vocabulary.terms)), strict=True)
         ]
         loss, sums = results["loss"], torch.cat([results["sums"], *(layer["sums"] for layer in found)])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from largekd.config.run import RunConfig
 from largekd.config.teacher import (
@@ -185,17 +185,9 @@ def build_student(
     initialisation, which a resumed run does not repeat: its checkpoint replaces whatever weights are drawn here.
     A collective call.
     """
-    model = build_model(
-        sources.student_config,
-        ds_config=ds_config,
-        precision=config.train.precision,
-        attention=config.student.attention,
-        trust_remote_code=config.student.trust_remote_code,
-    )
-    if sources.student is not None and config.student.layers is not None:
-        load_layers(model, folder=sources.student.path, rank=ranks.rank, layers=config.student.layers)
-    elif sources.student is not None:
-        load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
+    model = _student_model(config, sources=sources, ds_config=ds_config)
+    if sources.student is not None:
+        _load_student(model, config=config, folder=sources.student, ranks=ranks)
     elif config.student.initialise is not None and not resumed:
         report_to(
             initialise_student(
@@ -222,18 +214,27 @@ def build_student(
 def build_average(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any], ranks: Ranks) -> Decoder:
     """A second model like the student, with the weights that the student starts from."""
     assert sources.student is not None
-    model = build_model(
+    model = _student_model(config, sources=sources, ds_config=ds_config)
+    _load_student(model, config=config, folder=sources.student, ranks=ranks)
+    return Decoder(model=model)
+
+
+def _student_model(config: RunConfig, *, sources: Sources, ds_config: Mapping[str, Any]) -> PreTrainedModel:
+    return build_model(
         sources.student_config,
         ds_config=ds_config,
         precision=config.train.precision,
         attention=config.student.attention,
         trust_remote_code=config.student.trust_remote_code,
     )
+
+
+def _load_student(model: PreTrainedModel, *, config: RunConfig, folder: ModelFolder, ranks: Ranks) -> None:
+    """All layers of the student's folder, or those that are chosen."""
     if config.student.layers is not None:
-        load_layers(model, folder=sources.student.path, rank=ranks.rank, layers=config.student.layers)
+        load_layers(model, folder=folder.path, rank=ranks.rank, layers=config.student.layers)
     else:
-        load_pretrained(model, folder=sources.student.path, rank=ranks.rank)
-    return Decoder(model=model)
+        load_pretrained(model, folder=folder.path, rank=ranks.rank)
 
 
 def _find_teacher(config: RunConfig, *, student: ModelFolder | None, first: First) -> tuple[ModelFolder, str]:

@@ -80,9 +80,15 @@ class SelfSharedModel(DistillModel):
         )
         if not torch.is_grad_enabled():
             return results | {"sums": torch.cat([results["sums"], results["sums"].new_zeros(1)])}
-        watched = options.term_gradients
-        own = self._teachers_loss(teacher["last"], batch=batch, scale=scales[-1:], term_gradients=watched)
-        squares = {"teacher_squares": own["squares"]} if watched else {}
+        own = self.read_head(
+            teacher["last"],
+            batch=batch,
+            signal=None,
+            scales=scales[-1:],
+            options=PassOptions(term_gradients=options.term_gradients),
+            vocabulary=self.teacher_vocabulary,
+        )
+        squares = {"teacher_squares": own["squares"]} if options.term_gradients else {}
         return (
             results
             | {"loss": results["loss"] + own["loss"], "sums": torch.cat([results["sums"], own["sums"]])}
@@ -94,24 +100,6 @@ class SelfSharedModel(DistillModel):
         head = self.student.head_spec.with_weights(weight_VD=self.student.head_weight, bias_V=self.student.head_bias)
         hidden = {int(name.partition(".")[2]): tensor for name, tensor in states.items() if name != "last"}
         return HiddenSignal(states["last"], head, taps=Taps(hidden=hidden))
-
-    def _teachers_loss(
-        self, hidden_BSD: Tensor, *, batch: Batch, scale: Tensor, term_gradients: bool
-    ) -> dict[str, Tensor]:
-        spec = self.student.head_spec
-        results: dict[str, Tensor] = self.teacher_vocabulary(
-            hidden_BSD,
-            self.student.head_weight,
-            self.student.head_bias,
-            head_scale=spec.scale,
-            softcap=spec.softcap,
-            vocab_size=spec.vocab_size,
-            batch=batch,
-            signal=None,
-            scales=scale,
-            term_gradients=term_gradients,
-        )
-        return results
 
 
 def check_shared(config: RunConfig, *, model_config: PretrainedConfig) -> None:
