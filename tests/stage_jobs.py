@@ -97,6 +97,29 @@ def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
         run.build, run.run_steps = build, steps
 
 
+def passed_on(*, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole run; what each phase has gathered when it begins and when it ends, and the number of teachers built."""
+    steps = run.run_steps
+    phases: list[tuple[Any, Any]] = []
+    teachers: list[Any] = []
+
+    def watched_steps(session: Any, **options: Any) -> bool:
+        parts = session.parts
+        if not any(parts.teacher is teacher for teacher in teachers):
+            teachers.append(parts.teacher)
+        begun = {name: owner.state() for name, owner in parts.stateful.items()}
+        finished = steps(session, **options)
+        phases.append((begun, {name: owner.state() for name, owner in parts.stateful.items()}))
+        return finished
+
+    run.run_steps = watched_steps
+    try:
+        largekd.distill(tree)
+    finally:
+        run.run_steps = steps
+    return {"phases": phases, "teachers": len(teachers)}
+
+
 def _counting(calls: list[int], index: int) -> Any:
     def count(_gradient: torch.Tensor) -> None:
         calls[index] += 1
