@@ -80,8 +80,6 @@ def hand_over(parts: Parts, *, to: Phase) -> Inherited:
     if not kept:
         parts.teacher.close()
     release(module)
-    # Whoever still refers to the old module keeps neither its projectors nor its passes.
-    module._modules.clear()
     return Inherited(
         student=parts.student,
         carried=carried,

@@ -14,6 +14,9 @@ def close_engine(engine: Any, /) -> None:
     from deepspeed.runtime.zero import parameter_offload
 
     engine.destroy()
+    # The engine's own hooks on its module, which `destroy` leaves there.
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
     module, optimizer = engine.module, engine.optimizer
     # An engine that only evaluates has no optimizer; DeepSpeed puts the offload in its place.
     offload = getattr(optimizer, "parameter_offload", optimizer)
