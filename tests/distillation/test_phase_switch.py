@@ -70,7 +70,7 @@ def test_a_run_of_one_phase_may_freeze_parameters_on_nvme(tiny_assets, one_rank,
         tiny_assets, tmp_path / "run", train__max_steps=1, student__deepspeed=str(placement), optim__groups=[FROZEN],
         teacher__model=str(tmp_path / "teacher"), train__global_batch_size=2, **QUICK,
     )  # fmt: skip
-    # From the second pass on DeepSpeed reads ahead, which fails with so few tensors and buffers.
+    # From the second pass on DeepSpeed 0.19.8 reads ahead, and fails on frozen tensors (not without any).
     tree["data"].pop("eval")
     assert one_rank.run(distil, tree=tree)[0]["steps"] == 1
 
