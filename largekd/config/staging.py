@@ -11,6 +11,7 @@ from largekd.config.problems import shown
 from largekd.config.render import config_to_mapping
 from largekd.config.run import RunConfig
 from largekd.config.stages import StageConfig
+from largekd.config.teacher import CachedTeacherConfig, MixtureTeacherConfig, RoutedWeightsConfig
 
 _DURATIONS = ("steps", "tokens", "epochs")
 _SINGLE_NAME = "run"
@@ -78,8 +79,22 @@ def check_stages(config: RunConfig) -> list[str]:
 
 def keeps_teacher(before: RunConfig, after: RunConfig) -> bool:
     """Whether the teacher of one stage serves the next one too, with its weights and what it has learnt."""
-    same = before.teacher == after.teacher and before.objective.translation == after.objective.translation
-    return same and after.teacher.kind in ("online", "ema", "mixture")
+    teacher = after.teacher
+    if before.teacher != teacher or before.objective.translation != after.objective.translation:
+        return False
+    if not isinstance(teacher, MixtureTeacherConfig):
+        return teacher.kind in ("online", "ema")
+    if any(isinstance(member.teacher, CachedTeacherConfig) for member in teacher.members):
+        # A cache is bound to the rows and to what the objective reads of it.
+        return (before.data, before.objective) == (after.data, after.objective) and _row_shape(before) == _row_shape(
+            after
+        )
+    # A mixture that is routed by the records knows their columns.
+    return not isinstance(teacher.weighting, RoutedWeightsConfig) or before.data == after.data
+
+
+def _row_shape(config: RunConfig) -> tuple[int, int]:
+    return config.train.sequence_length, config.train.micro_batch_size
 
 
 def _whole(config: RunConfig) -> Iterator[str]:

@@ -47,7 +47,7 @@ from largekd.objectives.router_loads import RouterLoads
 from largekd.objectives.selection import TokenSelection
 from largekd.objectives.terms import Objective
 from largekd.objectives.vocabulary import VocabularyPass
-from largekd.optim.groups import build_groups
+from largekd.optim.groups import build_groups, learning
 from largekd.runtime.files import write_json
 from largekd.runtime.ranks import Ranks, Together
 from largekd.sharding.accelerator import device
@@ -90,6 +90,12 @@ class Parts:
         module = self.engine.module
         assert isinstance(module, DistillModel)
         return module.named_trainables()
+
+    @property
+    def stateful(self) -> dict[str, Rollouts | RouterLoads | TokenSelection]:
+        """What gathers knowledge from step to step beside weights, by the names that checkpoints know."""
+        owners = {"rollouts": self.rollouts, "router": self.router_loads, "selection": self.selection}
+        return {name: owner for name, owner in owners.items() if owner is not None}
 
     def close(self) -> None:
         """Take both engines down."""
@@ -142,18 +148,18 @@ def build(
             write_json(
                 folder / "deepspeed.json", value={**teacher_ds_configs(models.teacher_model), "student": trained}
             )
-    learning = _build_engine(prepared, models=models, trained=trained, folder=folder, beginning=beginning)
-    return Parts(
+    learner = _build_engine(prepared, models=models, trained=trained, folder=folder, beginning=beginning)
+    parts = Parts(
         config=config,
         ranks=ranks,
         device=device(),
         sources=sources,
         student=student,
-        engine=learning.engine,
+        engine=learner.engine,
         teacher=models.teacher,
         objective=objective,
         alignment=alignment,
-        selection=learning.selection,
+        selection=learner.selection,
         watch=GradientWatch(student=student, embedding=student.model.get_input_embeddings()),
         loader=prepared.data.loader,
         evaluation_batches=prepared.data.evaluation_batches,
@@ -166,10 +172,13 @@ def build(
         router=router,
         router_loads=None if router is None else RouterLoads(router, device=device()),
         teacher_model=models.teacher_model,
-        trainable=learning.trainable,
-        updates=learning.updates,
-        thaw=learning.thaw,
+        trainable=learner.trainable,
+        updates=learner.updates,
+        thaw=learner.thaw,
     )
+    for name, state in ({} if beginning.inherited is None else beginning.inherited.gathered).items():
+        parts.stateful[name].restore(state)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -199,8 +208,9 @@ def _build_engine(
         router=models.router,
     )
     trainable = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
+    may_learn = learning(module.named_trainables())
     thaw = None if beginning.frozen is None else freeze_layers(models.student.model, frozen=beginning.frozen)
-    groups = build_groups(module.named_trainables(), config=config.optim)
+    groups = build_groups(module.named_trainables(), config=config.optim, may_learn=may_learn)
     if inherited is not None:
         updates = updates_of(module.named_trainables(), carried=inherited.carried)
         restore_shards(_own_of_losses(module), carried=inherited.carried)

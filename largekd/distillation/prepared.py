@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -39,12 +40,16 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Inherited:
-    """What a phase takes over from the one before: the student, what its weights carry, and a teacher that stays."""
+    """What a phase takes over from the one before: the student, what its weights carry, and a teacher that stays.
+
+    gathered: within a stage, the states of `Parts.stateful` by name.
+    """
 
     student: Decoder
     carried: Mapping[str, Carried]
     teacher: Teacher | None = None
     teacher_model: TeacherModel | None = None
+    gathered: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from largekd.config.schedule import extremes
 from largekd.planner.shapes import ModelShape
 
 Place = Literal["accelerator", "host", "nvme"]
-Phase = Literal["always", "rollout", "teacher", "student", "update"]
+Phase = Literal["always", "rollout", "teacher", "student", "update", "switch"]
 Role = Literal["teacher", "student", "process"]
 
 PLACES: tuple[Place, ...] = ("accelerator", "host", "nvme")
@@ -30,7 +30,8 @@ _PROCESS_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """One entry of the plan. `phase` says when it exists: `always`, before a step, or in one of three parts of it."""
+    """One entry of the plan. `phase` says when it exists: `always`, before a step, in one of three parts of it, or
+    between two phases of a run."""
 
     role: Role
     name: str
@@ -107,7 +108,7 @@ def memory_terms(
 
 
 def peak_bytes(terms: tuple[MemoryTerm, ...], *, place: Place) -> int:
-    """What exists always, plus the largest phase of a step."""
+    """What exists always, plus the most that exists at another time."""
     here = [term for term in terms if term.place == place]
     totals = {phase: sum(term.bytes for term in here if term.phase == phase) for phase in get_args(Phase)}
     return totals.pop("always") + max(totals.values())

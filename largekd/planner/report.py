@@ -10,6 +10,7 @@ from largekd.planner.errors import PlanUnavailableError
 from largekd.planner.memory import PLACES
 from largekd.planner.plan import Plan, plan
 from largekd.planner.shapes import ModelShape, Part
+from largekd.planner.switches import with_switches
 
 _GB = 1e9
 
@@ -49,7 +50,8 @@ def plan_record(config: RunConfig, *, world_size: int) -> dict[str, Any]:
 
 def _plans(config: RunConfig, *, world_size: int) -> list[Plan]:
     """A plan for each stage, as if nothing were frozen in it."""
-    return [plan(stage.config, world_size=world_size) for stage in stages_of(config)]
+    stages = stages_of(config)
+    return with_switches([plan(stage.config, world_size=world_size) for stage in stages], stages=stages)
 
 
 def _largest(plans: Sequence[Plan]) -> int:

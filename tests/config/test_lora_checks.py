@@ -38,6 +38,7 @@ def test_a_student_may_be_its_own_teacher_without_its_adapters(minimal):
         ),
         ({"optim": {"groups": [{"name": "default", "pattern": "x"}]}}, r"optim\.groups\.0\.name = 'default': names"),
         ({"optim": {"groups": [{"name": "a.layer_3", "pattern": "x"}]}}, r"optim\.groups\.0\.name = 'a\.layer_3'"),
+        ({"optim": {"groups": [{"name": "a.after_3", "pattern": "x"}]}}, r"optim\.groups\.0\.name = 'a\.after_3'"),
         ({"optim": {"strict": True}}, r"optim\.strict = true: without optim\.groups"),
         ({"optim": {"layer_decay": 1.5}}, r"optim\.layer_decay = 1\.5"),
     ],

@@ -36,6 +36,33 @@ def test_a_stage_merges_mappings_and_replaces_lists_and_kinds(minimal):
     assert keeps_teacher(first.config, first.config) and not keeps_teacher(first.config, second.config)
 
 
+MEMBERS = [
+    {"name": "a", "teacher": {"model": "t", "deepspeed": "ds_configs/zero3.json"}},
+    {"name": "b", "teacher": {"model": "u", "deepspeed": "ds_configs/zero3.json"}},
+]
+CACHED = [MEMBERS[0], {"name": "b", "teacher": {"kind": "cached", "path": "c", "model": "u"}}]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "change", "kept"),
+    [
+        ({"members": MEMBERS, "weighting": {"kind": "learned"}}, {"data.train.max_samples": 5}, True),
+        ({"members": MEMBERS, "weighting": {"kind": "routed"}},
+         {"data.train.max_samples": 5}, False),
+        ({"members": MEMBERS, "weighting": {"kind": "routed"}},
+         {"optim.lr": 1e-5}, True),
+        ({"members": CACHED}, {"data.train.max_samples": 5}, False),
+        ({"members": CACHED}, {"train.sequence_length": 32}, False),
+        ({"members": CACHED}, {"optim.lr": 1e-5}, True),
+    ],
+)  # fmt: skip
+def test_several_teachers_go_on_unless_they_look_at_what_changed(minimal, teacher, change, kept):
+    minimal["teacher"] = {"kind": "mixture", **teacher}
+    minimal["student"] = {"model": "s", "deepspeed": "ds_configs/zero3.json"}
+    first, second = stages_of(parse_config(staged(minimal, {}, {"set": change})))
+    assert keeps_teacher(first.config, second.config) == kept
+
+
 def test_durations_become_steps_or_epochs_of_the_stage(minimal):
     # 8 rows of 16 positions, then of 32.
     by_tokens = {"steps": None, "tokens": 8 * 32 * 3 + 1, "set": {"train.sequence_length": 32}}
