@@ -11,6 +11,7 @@ from largekd.config.problems import shown
 from largekd.config.render import config_to_mapping
 from largekd.config.run import RunConfig
 from largekd.config.stages import StageConfig
+from largekd.config.teacher import MixtureTeacherConfig, TeacherConfig
 
 _DURATIONS = ("steps", "tokens", "epochs")
 _SINGLE_NAME = "run"
@@ -123,7 +124,7 @@ def _stage_config(config: RunConfig, *, stage: StageConfig, index: int) -> tuple
         steps = -(-stage.tokens // positions)
         merged = merged.model_copy(update={"train": merged.train.model_copy(update={"max_steps": steps})})
     if merged is not None:
-        found = check_config(merged)
+        found = check_config(merged, begins=index == 0)
     return merged, [_placed(line, changes=changes, stage=stage, index=index) for line in found]
 
 
@@ -148,16 +149,24 @@ def _sequence(configs: list[RunConfig], *, stages: tuple[StageConfig, ...]) -> I
                 f"{place}: teacher.kind = 'ema' begins as the weights of student.model, not as those of the stage "
                 "before; let it teach from the first stage on, with the same keys"
             )
-        model, origin = getattr(config.teacher, "model", None), getattr(first.teacher, "model", None)
-        if made_of_teacher and model != origin:
+        origin = _origin(first.teacher)
+        # What a cache was made of is told by its files alone.
+        if made_of_teacher and _origin(config.teacher) not in (origin, None):
             yield (
-                f"{place}: teacher.model = {shown(model)}, but the student is made of the layers of {shown(origin)}; "
+                f"{place}: its teacher is {shown(_origin(config.teacher))}, but the student is made of the layers of {shown(origin)}; "
                 "a run with several teachers needs student.model"
             )
         if stage.keep_optimizer and index == 0:
             yield f"stages.0.keep_optimizer: {stage.name!r} is the first stage; there is nothing to keep"
         if stage.keep_optimizer and config.optim.implementation != "torch":
             yield f"{place}: keep_optimizer needs optim.implementation = 'torch'"
+
+
+def _origin(teacher: TeacherConfig) -> str | None:
+    """The model whose layers a student without one of its own is made of: of several teachers the first."""
+    if isinstance(teacher, MixtureTeacherConfig):
+        return _origin(teacher.members[0].teacher)
+    return getattr(teacher, "model", None)
 
 
 def nested(changes: Mapping[str, Any]) -> dict[str, Any]:

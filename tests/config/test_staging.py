@@ -83,8 +83,28 @@ def test_a_length_beside_stages_is_refused(minimal):
 
 def test_a_student_of_the_teachers_layers_has_one_teacher(minimal):
     minimal["student"] = {"teacher_layers": [0, 1], "deepspeed": "ds_configs/zero3.json"}
-    with pytest.raises(ConfigError, match=r"teacher\.model = 'u', but the student is made of the layers of 't'"):
+    with pytest.raises(ConfigError, match=r"its teacher is 'u', but the student is made of the layers of 't'"):
         parse_config(staged(minimal, {}, {"set": {"teacher.model": "u"}}))
+
+
+@pytest.mark.parametrize("made", [{"teacher_layers": [0]}, {"config": "c.json", "initialise": {}}])
+def test_only_the_first_stage_needs_the_weights_that_the_student_is_made_of(minimal, made):
+    minimal["student"] = {**made, "deepspeed": "ds_configs/zero3.json"}
+    cached = {"teacher": {"kind": "cached", "path": "c"}}
+    parse_config(staged(minimal, {}, {"set": cached}))
+    minimal["train"]["max_steps"] = 4
+    with pytest.raises(ConfigError, match="a cache has no weights"):
+        parse_config(minimal | cached)
+
+
+def test_the_first_of_several_teachers_is_what_a_student_is_made_of(minimal):
+    placed = {"kind": "online", "deepspeed": "ds_configs/teacher_zero3.json"}
+    members = [{"name": name, "teacher": placed | {"model": name}} for name in ("t", "u")]
+    minimal["student"] = {"teacher_layers": [0, 1], "deepspeed": "ds_configs/zero3.json"}
+    parse_config(staged(minimal, {}, {"set": {"teacher": {"kind": "mixture", "members": members}}}))
+    minimal["train"]["max_steps"] = 4
+    with pytest.raises(ConfigError, match=r"its teacher is 'u', but the student is made of the layers of 't'"):
+        parse_config(staged(minimal, {}, {"set": {"teacher": {"kind": "mixture", "members": members[::-1]}}}))
 
 
 @pytest.mark.parametrize(
