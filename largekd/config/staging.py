@@ -34,7 +34,7 @@ _FIXED: Mapping[str, str] = {
 # Below a fixed key, and free all the same.
 _FREE = ("student.layer_drop",)
 # What tells one record of a union from another: a mapping that names another one replaces, and does not merge.
-_KINDS = ("kind", "map")
+_KINDS = ("kind", "map", "shape")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,15 @@ def keeps_teacher(before: RunConfig, after: RunConfig) -> bool:
     """Whether the teacher of one stage serves the next one too, with its weights and what it has learnt."""
     same = before.teacher == after.teacher and before.objective.translation == after.objective.translation
     return same and after.teacher.kind in ("online", "ema", "mixture")
+
+
+def same_held_out(before: RunConfig, after: RunConfig) -> bool:
+    """Whether both stages evaluate on the same tokens."""
+    first, second = (
+        (config.data.eval, config.data.packing, config.train.sequence_length, config.eval.max_rows)
+        for config in (before, after)
+    )
+    return first == second
 
 
 def _whole(config: RunConfig) -> Iterator[str]:
@@ -153,8 +162,8 @@ def _sequence(configs: list[RunConfig], *, stages: tuple[StageConfig, ...]) -> I
         # What a cache was made of is told by its files alone.
         if made_of_teacher and _origin(config.teacher) not in (origin, None):
             yield (
-                f"{place}: its teacher is {shown(_origin(config.teacher))}, but the student is made of the layers of {shown(origin)}; "
-                "a run with several teachers needs student.model"
+                f"{place}: its teacher is {shown(_origin(config.teacher))}, but the student is made of the layers of "
+                f"{shown(origin)}; a run with several teachers needs student.model"
             )
         if stage.keep_optimizer and index == 0:
             yield f"stages.0.keep_optimizer: {stage.name!r} is the first stage; there is nothing to keep"

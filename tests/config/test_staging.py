@@ -3,7 +3,7 @@
 import pytest
 
 from largekd.config.load import parse_config
-from largekd.config.staging import keeps_teacher, nested, stages_of
+from largekd.config.staging import keeps_teacher, nested, same_held_out, stages_of
 from largekd.errors import ConfigError
 from largekd.planner.report import plan_text
 
@@ -138,3 +138,18 @@ def test_the_plan_of_stages_is_that_of_the_largest(tmp_path, repository):
     both = plan_text(parse_config({**tree, "stages": [{"name": "short", "steps": 2}, long]}), world_size=1)
     assert "the largest is long:" in both and "the largest" not in small
     assert "tokens a step 1,024" in both and "tokens a step 256" in small
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"optim.lr": 1e-5, "data.train.max_samples": 3}, True),
+        ({"train.sequence_length": 32}, False),
+        ({"data.eval.max_samples": 3}, False),
+        ({"eval.max_rows": 3}, False),
+    ],
+)
+def test_held_out_text_is_the_same_while_its_rows_are(minimal, changes, same):
+    minimal["data"] = {"train": "train.jsonl", "eval": {"path": "eval.jsonl"}}
+    first, second = stages_of(parse_config(staged(minimal, {}, {"set": changes})))
+    assert same_held_out(first.config, second.config) == same

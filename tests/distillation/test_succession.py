@@ -78,7 +78,7 @@ def test_only_the_first_teacher_must_fit_an_initialisation(tiny_assets, tmp_path
     tree["student"] = {"config": student_config, "initialise": {}, "deepspeed": tree["student"]["deepspeed"]}
     stages, (one, two) = sources_of(tree)
     check_succession(two, first=one, stage=stages[1])
-    with pytest.raises(ConfigError, match="cannot be made of a .granite. teacher"):
+    with pytest.raises(ConfigError, match="cannot be made of a 'granite' teacher"):
         find_sources(stages[1].config, first=nullcontext)
 
 
