@@ -12,6 +12,7 @@ from largekd.config.render import config_to_mapping
 from largekd.config.run import RunConfig
 from largekd.config.stages import StageConfig
 from largekd.config.teacher import MixtureTeacherConfig, TeacherConfig
+from largekd.errors import ConfigError
 
 _DURATIONS = ("steps", "tokens", "epochs")
 _SINGLE_NAME = "run"
@@ -57,6 +58,42 @@ def stages_of(config: RunConfig) -> tuple[Stage, ...]:
         assert merged is not None, found
         stages.append(Stage(index=index, name=stage.name, config=merged, keep_optimizer=stage.keep_optimizer))
     return tuple(stages)
+
+
+def stage_named(config: RunConfig, *, name: str | None) -> Stage:
+    """A stage of a run by its name; None: the first. Errors: ConfigError for a name that no stage has."""
+    stages = stages_of(config)
+    if name is None:
+        return stages[0]
+    names = [stage.name for stage in stages] if config.stages else []
+    if name not in names:
+        known = ", ".join(map(repr, names)) or "none: the run has no stages"
+        raise ConfigError(f"--stage {name!r}: the stages of this run are {known}.")
+    return stages[names.index(name)]
+
+
+def stages_to_cache(config: RunConfig, *, name: str | None) -> tuple[Stage, ...]:
+    """The stages that one cache serves: `name` (None: the first), and behind it the others with its rows.
+
+    Errors: ConfigError where no name is given and stages have unlike rows, which no one cache holds.
+    """
+    chosen = stage_named(config, name=name)
+    alike, others = [chosen], []
+    for stage in stages_of(config):
+        if stage.index != chosen.index:
+            (alike if _rows(stage.config) == _rows(chosen.config) else others).append(stage)
+    if name is None and others:
+        raise ConfigError(
+            f"stages: {', '.join(repr(stage.name) for stage in others)} read other rows (train.sequence_length or "
+            f"data) than {chosen.name!r}, and a cache holds one kind; name the stage whose rows to cache with --stage, "
+            "and make one cache for each kind."
+        )
+    return tuple(alike)
+
+
+def _rows(config: RunConfig) -> tuple[Any, ...]:
+    data = config.data
+    return config.train.sequence_length, data.train, data.eval, data.packing
 
 
 def check_stages(config: RunConfig) -> list[str]:

@@ -3,7 +3,7 @@
 import pytest
 
 from largekd.config.load import parse_config
-from largekd.config.staging import keeps_teacher, nested, same_held_out, stages_of
+from largekd.config.staging import keeps_teacher, nested, same_held_out, stage_named, stages_of, stages_to_cache
 from largekd.errors import ConfigError
 from largekd.planner.report import plan_text
 
@@ -153,3 +153,34 @@ def test_held_out_text_is_the_same_while_its_rows_are(minimal, changes, same):
     minimal["data"] = {"train": "train.jsonl", "eval": {"path": "eval.jsonl"}}
     first, second = stages_of(parse_config(staged(minimal, {}, {"set": changes})))
     assert same_held_out(first.config, second.config) == same
+
+
+def test_a_cache_serves_all_stages_with_the_same_rows(minimal):
+    longer = {"set": {"train.sequence_length": 32}}
+    config = parse_config(staged(minimal, {}, {"set": {"optim.lr": 1e-5}}, longer))
+    assert [stage.name for stage in stages_to_cache(config, name="two")] == ["two", "one"]
+    assert [stage.name for stage in stages_to_cache(config, name="three")] == ["three"]
+    with pytest.raises(ConfigError, match=r"stages: 'three' read other rows .* than 'one'.*--stage"):
+        stages_to_cache(config, name=None)
+    with pytest.raises(ConfigError, match=r"--stage 'four': the stages of this run are 'one', 'two', 'three'"):
+        stage_named(config, name="four")
+
+
+def test_a_run_without_stages_has_one_to_cache_and_none_to_name(minimal):
+    config = parse_config(minimal)
+    assert [stage.config for stage in stages_to_cache(config, name=None)] == [config]
+    with pytest.raises(ConfigError, match=r"--stage 'run': the stages of this run are none"):
+        stage_named(config, name="run")
+
+
+def test_a_curve_of_another_shape_replaces_and_one_of_the_same_merges(minimal):
+    minimal["objective"] = {"alpha": {"shape": "linear", "start": 0.25, "end": 1.0}}
+    step = {"set": {"objective.alpha": {"shape": "cosine", "start": 0.5, "end": 0.75}}}
+    same = {"set": {"objective.alpha": {"start": 0.5}}}
+    _, second, third = stages_of(parse_config(staged(minimal, {}, step, same)))
+    assert second.config.objective.alpha.end == 0.75
+    assert (third.config.objective.alpha.start, third.config.objective.alpha.end) == (0.5, 1.0)
+    constant = {"set": {"objective.alpha": {"shape": "constant", "start": 0.5}}}
+    minimal["train"]["max_steps"] = 4
+    _, flat = stages_of(parse_config(staged(minimal, {}, constant)))
+    assert flat.config.objective.alpha.end is None
