@@ -11,6 +11,7 @@ from transformers.initialization import no_init_weights
 
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError
+from largekd.models.frozen_layers import check_freezable
 from largekd.models.lora import parameter_names, require_peft
 from largekd.optim.depth import depth_factors
 from largekd.optim.groups import ParameterGroup, check_claims
@@ -66,6 +67,12 @@ def note_groups(
                 )
         write_json(path, value={**noted, str(phase): records})
         logger.info("learning-rate groups:\n%s", describe_groups(groups, state_bytes=state_bytes))
+
+
+def check_frozen(config: RunConfig, *, model_config: PretrainedConfig) -> None:
+    """Errors: ConfigError for `freezing` of a student whose layers cannot be told apart, before any weight is read."""
+    if config.freezing is not None:
+        check_freezable(_without_weights(config, model_config=model_config), key="freezing")
 
 
 def _without_weights(config: RunConfig, *, model_config: PretrainedConfig) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from largekd.config.placement import Placements, read_placements
 from largekd.config.run import RunConfig
 from largekd.distillation.cache_binding import check_teacher_data
 from largekd.distillation.data import RunData, build_data
-from largekd.distillation.groups import check_parameters
+from largekd.distillation.groups import check_frozen, check_parameters
 from largekd.distillation.models import Sources, find_sources
 from largekd.distillation.self_shared import check_shared, shared_objective
 from largekd.distillation.teachers import TeacherModel
@@ -93,6 +93,7 @@ def prepare(
     sources = find_sources(config, first=first, begins=begins)
     seed = config.train.seed if seed is None else seed
     check_parameters(config, model_config=sources.student_config)
+    check_frozen(config, model_config=sources.student_config)
     if config.teacher.kind == "self_shared":
         check_shared(config, model_config=sources.student_config)
         objective = shared_objective(objective)
