@@ -78,7 +78,8 @@ def stages_to_cache(config: RunConfig, *, name: str | None) -> tuple[Stage, ...]
     Errors: ConfigError where no name is given and stages have unlike rows, which no one cache holds.
     """
     chosen = stage_named(config, name=name)
-    alike, others = [chosen], []
+    alike = [chosen]
+    others: list[Stage] = []
     for stage in stages_of(config):
         if stage.index != chosen.index:
             (alike if _rows(stage.config) == _rows(chosen.config) else others).append(stage)

@@ -5,7 +5,8 @@ import pytest
 from largekd.config.load import parse_config
 from largekd.config.staging import keeps_teacher, nested, same_held_out, stage_named, stages_of, stages_to_cache
 from largekd.errors import ConfigError
-from largekd.planner.report import plan_text
+from largekd.planner.memory import PLACES
+from largekd.planner.report import plan_record, plan_text
 
 
 def staged(minimal, *stages, **changes):
@@ -138,6 +139,18 @@ def test_the_plan_of_stages_is_that_of_the_largest(tmp_path, repository):
     both = plan_text(parse_config({**tree, "stages": [{"name": "short", "steps": 2}, long]}), world_size=1)
     assert "the largest is long:" in both and "the largest" not in small
     assert "tokens a step 1,024" in both and "tokens a step 256" in small
+    placed = {
+        "name": "placed",
+        "steps": 2,
+        "set": {"teacher.deepspeed": str(repository / "ds_configs/teacher_cpu.json")},
+    }
+    config = parse_config({**tree, "stages": [long, placed]})
+    record = plan_record(config, world_size=1)
+    accelerator, host = ({name: peaks[place] for name, peaks in record["stages"].items()} for place in PLACES[:2])
+    assert accelerator["long"] > accelerator["placed"] and host["long"] < host["placed"]
+    assert record["peak_bytes"]["accelerator"] == accelerator["long"]
+    assert record["peak_bytes"]["host"] == host["placed"]
+    assert plan_text(config, world_size=1).count("peak of any stage") == len(PLACES)
 
 
 @pytest.mark.parametrize(
