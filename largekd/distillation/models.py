@@ -200,7 +200,8 @@ def build_student(
                 measures=measures,
             )
         )
-    elif config.student.teacher_layers is None:
+    elif config.student.teacher_layers is None or resumed:
+        # Of a later stage's teacher the weights may not be here.
         initialise_randomly(model, seed=config.train.seed, rank=ranks.rank)
     else:
         assert config.student.teacher_layers is not None

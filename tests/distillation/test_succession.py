@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 from draw_jobs import drawn
-from tiny_run import metrics, settings
+from tiny_run import cache, changed, distil, distil_until, metrics, settings
 
 from largekd.config.load import parse_config
 from largekd.config.staging import stages_of
@@ -98,3 +98,14 @@ def test_rates_and_draws_are_a_stages_own(tiny_assets, two_ranks, tmp_path):
         assert [step[kind] for step in draws[0]] != [step[kind] for step in draws[1]]
     rates = [record["schedule/layer_drop"] for record in metrics(tmp_path / "run")]
     assert rates == pytest.approx([0.5, 0.5625, 0.625, 0.6875, 0.75] * 2)
+
+
+def test_a_student_of_the_teachers_layers_goes_on_from_a_cache_without_weights(tiny_assets, one_rank, tmp_path):
+    tree = two_stages(tiny_assets, tmp_path / "run", changes={})
+    tree["cache"] = {"path": str(tmp_path / "cache"), "codec": {"kind": "hidden"}}
+    one_rank.run(cache, tree=tree)
+    tree["stages"][1]["set"] = {"teacher": {"kind": "cached", "path": str(tmp_path / "cache")}}
+    assert one_rank.run(distil_until, tree=tree, step=5, rank=0) == [None]
+    (resumed,) = one_rank.run(distil, tree=tree)
+    (straight,) = one_rank.run(distil, tree=changed(tree, run__dir=str(tmp_path / "straight")))
+    assert resumed["steps"] == 6 and resumed["eval"] == straight["eval"]
