@@ -75,6 +75,7 @@ class Parts:
     evaluation_batches: Callable[[], Iterator[Batch]] | None
     resumable: bool
     accumulation: int
+    seed: int
     rollouts: Rollouts | None = None
     layer_drop: LayerDrop | None = None
     depths: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
@@ -166,8 +167,9 @@ def build(
         # Restored by DeepSpeed without learning rate and moments, and without an error.
         resumable=offload_device(prepared.placements.student, "offload_optimizer") != "nvme",
         accumulation=prepared.accumulation,
+        seed=prepared.seed,
         rollouts=rollouts,
-        layer_drop=build_layer_drop(config, student=student, alignment=alignment),
+        layer_drop=build_layer_drop(config, student=student, alignment=alignment, seed=prepared.seed),
         depths=reduced_depths(config, student=student),
         router=router,
         router_loads=None if router is None else RouterLoads(router, device=device()),
@@ -276,7 +278,7 @@ def _build_models(
         teacher_kind=config.teacher.kind,
         kept=config.student.teacher_layers,
     )
-    plan = plan_of(alignment, step=0, seed=config.train.seed, router=router)
+    plan = plan_of(alignment, step=0, seed=prepared.seed, router=router)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)
     kind = DistillModel if shared is None else SelfSharedModel

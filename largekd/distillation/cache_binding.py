@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,13 +58,18 @@ def identity_of(
     samples: Mapping[Origin, SampleStore],
     ranks: Ranks,
     group: dist.ProcessGroup | None = None,
+    others: Sequence[RunConfig] = (),
 ) -> Identity:
-    """Everything that decides the bytes of the cache that this configuration asks for. A collective call."""
+    """Everything that decides the bytes of the cache that this configuration asks for. A collective call.
+
+    others: stages that read the same rows; their layers are stored too.
+    """
+    compared = (config, *others)
     folder = sources.teacher
     return Identity(
         format=FORMAT,
         codec=cache.codec,
-        taps=None if cache.taps is None else _tap_identity(config, precision=cache.taps.precision, sources=sources),
+        taps=None if cache.taps is None else _tap_identity(compared, precision=cache.taps.precision, sources=sources),
         teacher=TeacherIdentity(
             model=teacher.model,
             weights=weights_hash(folder, ranks=ranks, group=group),
@@ -90,9 +95,11 @@ def identity_of(
     )
 
 
-def _tap_identity(config: RunConfig, *, precision: Literal["bf16", "fp32"], sources: Sources) -> TapIdentity | None:
-    """What the objective compares of the teacher. None: nothing. Errors: ConfigError for maps that are measured."""
-    found = _compared(config, sources=sources).values()
+def _tap_identity(
+    configs: Sequence[RunConfig], *, precision: Literal["bf16", "fp32"], sources: Sources
+) -> TapIdentity | None:
+    """What the objectives compare of the teacher. None: nothing. Errors: ConfigError for maps that are measured."""
+    found = [request for config in configs for request in _compared(config, sources=sources).values()]
     hidden, attention = ({layer for r in found for layer in getattr(r, kind)} for kind in ("hidden", "attention"))
     if not hidden and not attention:
         return None

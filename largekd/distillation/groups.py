@@ -13,7 +13,7 @@ from largekd.config.run import RunConfig
 from largekd.distillation.phases import Phase
 from largekd.errors import ConfigError
 from largekd.models.build import layers_path
-from largekd.models.frozen_layers import freeze_layers
+from largekd.models.frozen_layers import check_freezable, freeze_layers
 from largekd.models.lora import parameter_names, require_peft
 from largekd.optim.depth import depth_factors
 from largekd.optim.groups import ParameterGroup, check_claims
@@ -96,6 +96,12 @@ def note_groups(
                 )
         write_json(path, value={**noted, str(phase): records})
         logger.info("learning-rate groups:\n%s", describe_groups(groups, state_bytes=state_bytes))
+
+
+def check_frozen(config: RunConfig, *, model_config: PretrainedConfig) -> None:
+    """Errors: ConfigError for `freezing` of a student whose layers cannot be told apart, before any weight is read."""
+    if config.freezing is not None:
+        check_freezable(_without_weights(config, model_config=model_config), key="freezing")
 
 
 def _without_weights(config: RunConfig, *, model_config: PretrainedConfig) -> PreTrainedModel:

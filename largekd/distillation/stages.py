@@ -13,6 +13,7 @@ from largekd.distillation.builder import Parts
 from largekd.distillation.groups import check_phases
 from largekd.distillation.phases import Phase, describe_phases, plan_phases
 from largekd.distillation.prepared import Inherited, Prepared, prepare
+from largekd.distillation.succession import check_succession
 from largekd.engine.carried import release, take
 from largekd.errors import CheckpointError, ConfigError
 from largekd.runtime.ranks import Ranks, Together
@@ -40,7 +41,9 @@ def prepare_stages(
         if ranks.is_main and len(stages) > 1:
             logger.info("stage %s: reading its data", stage.name)
         seed = row_seed(stage)
-        prepared.append(prepare(stage.config, ranks=ranks, folder=own, control=control, row_seed=seed))
+        begins = stage.index == 0
+        prepared.append(prepare(stage.config, ranks=ranks, folder=own, control=control, seed=seed, begins=begins))
+        check_succession(prepared[-1].sources, first=prepared[0].sources, stage=stage)
     depth = prepared[0].sources.student_config.num_hidden_layers
     phases = plan_phases(stages, steps=[made.data.loader.total_steps() for made in prepared], depth=depth)
     if len(phases) > 1:
@@ -59,7 +62,7 @@ def stage_folder(folder: Path, *, stage: Stage, config: RunConfig) -> Path:
 
 
 def row_seed(stage: Stage) -> int:
-    """The seed of the stage's order of rows: the run's own in the first stage, another one in each that follows."""
+    """The seed of the stage's rows and draws: the run's own in the first stage, another one in each that follows."""
     return (stage.config.train.seed + stage.index * _SEED_STRIDE) % 2**32
 
 

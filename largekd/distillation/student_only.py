@@ -9,6 +9,7 @@ from largekd.config.checks import check_world
 from largekd.config.placement import read_placements
 from largekd.config.render import render_config
 from largekd.config.run import RunConfig
+from largekd.config.staging import stages_of
 from largekd.distillation.calibrate import Calibration
 from largekd.distillation.data import RunData, build_data
 from largekd.distillation.models import Sources, build_student, find_sources
@@ -40,7 +41,8 @@ def write_student(config: RunConfig, *, output: str) -> Path:
         ranks = current_ranks()
         configure_logging(level=config.log.level, rank=ranks.rank)
         require_same(f"{render_config(config)}\n{target}", what="configuration", key="--config, --output and overrides")
-        _write(config, target=target, ranks=ranks)
+        # Made before the first stage.
+        _write(stages_of(config)[0].config, target=target, ranks=ranks)
         if ranks.is_main:
             write_line(f"{target}: the student before training, and {REPORT_FILE}")
     return target
