@@ -17,8 +17,7 @@ from largekd.initialisation.expert_shapes import check_experts, mapped_sizes, ne
 from largekd.initialisation.experts import expert_derivations
 from largekd.initialisation.fill import fill_from
 from largekd.initialisation.importance import importance_maps
-from largekd.initialisation.influence import influential_layers
-from largekd.initialisation.layers import LAYER_RULES, check_depth
+from largekd.initialisation.kinds import check_agreement, choose_layers, drops_head
 from largekd.initialisation.report import REPORT_FILE, InitialisationReport
 from largekd.initialisation.rotation import check_rotatable, fold_norms, rotated_ends, rotated_maps
 from largekd.initialisation.sizes import Sizes, sizes_of
@@ -30,9 +29,6 @@ from largekd.runtime.files import write_json
 from largekd.runtime.ranks import Ranks, Together
 
 logger = logging.getLogger(__name__)
-
-# What weights are made for: with another value the same numbers are another function.
-_MUST_AGREE = ("hidden_act", "hidden_activation", "partial_rotary_factor", "use_parallel_residual")
 
 
 @dataclass(frozen=True)
@@ -136,23 +132,12 @@ def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, stu
             f"student.initialise: a {student.model_type!r} student cannot be made of a {teacher.model_type!r} teacher; "
             f"set model_type of student.config to {teacher.model_type!r} or remove student.initialise."
         )
-    for name in _MUST_AGREE:
-        theirs, ours = getattr(teacher, name, None), getattr(student, name, None)
-        if theirs != ours:
-            raise ConfigError(
-                f"student.initialise: student.config has {name} = {ours!r} and the teacher {theirs!r}; the teacher's "
-                "weights mean another function with it. Use the teacher's value."
-            )
-    if _rope(teacher) != _rope(student):
-        raise ConfigError(
-            "student.initialise: student.config turns positions otherwise than the teacher (rope_parameters "
-            f"{_rope(student)}, the teacher's {_rope(teacher)}); use the teacher's values."
-        )
+    check_agreement(teacher=teacher, student=student)
     if config.width == "pca":
         check_rotatable(student)
     check_experts(config.experts, teacher=teacher, student=student)
     check_sizes(teacher=sizes_of(teacher), student=mapped_sizes(config.experts, teacher=teacher, student=student))
-    check_depth(student.num_hidden_layers, depth=teacher.num_hidden_layers, chosen=config.layers)
+    choose_layers(config.layers, teacher=teacher, student=student)
 
 
 def initialise_student(
@@ -172,11 +157,11 @@ def initialise_student(
     statistics = None
     if needs_statistics(config):
         statistics = measures.statistics(moment=config.width == "pca")
-    layers = _layers(
-        config,
-        count=model.config.num_hidden_layers,
-        depth=teacher.config.num_hidden_layers,
-        statistics=statistics,
+    layers = choose_layers(
+        config.layers,
+        teacher=teacher.config,
+        student=model.config,
+        influence_N=None if statistics is None else statistics.influence_N,
     )
     request = Request(
         config=config,
@@ -209,6 +194,11 @@ def initialise_student(
         },
     )
     if ranks.is_main:
+        if drops_head(teacher=teacher.config, student=model.config):
+            logger.warning(
+                "student.initialise: the student's head is its embedding, and the head that the teacher trained apart "
+                "is dropped; set tie_word_embeddings (student.design.tied) to false to keep it"
+            )
         logger.info("student: %s", report.in_words())
     return report
 
@@ -240,18 +230,3 @@ def write_report(report: InitialisationReport, *, folder: Path, ranks: Ranks) ->
     with Together():
         if ranks.is_main:
             write_json(folder / REPORT_FILE, value=report.as_mapping())
-
-
-def _layers(config: InitialiseConfig, *, count: int, depth: int, statistics: Statistics | None) -> tuple[int, ...]:
-    """The teacher's layer of each of the student's."""
-    if not isinstance(config.layers, str):
-        return config.layers
-    if config.layers == "block_influence":
-        assert statistics is not None
-        return influential_layers(statistics.influence_N, keep=count)
-    return LAYER_RULES[config.layers](count, depth=depth)
-
-
-def _rope(config: PretrainedConfig) -> dict[str, object]:
-    found = getattr(config, "rope_parameters", None) or {}
-    return {key: value for key, value in found.items() if value is not None}

@@ -97,8 +97,6 @@ def check_experts(config: ExpertsConfig, *, teacher: PretrainedConfig, student: 
         _check_dense(config, teacher=teacher, student=student, before=before)
     elif before is not None and after is not None:
         _check_counts(config, before=before, after=after)
-    if before is None or after is None:
-        _check_biases(teacher, student)
 
 
 def _check_upcycling(
@@ -146,13 +144,3 @@ def _check_counts(config: ExpertsConfig, *, before: ExpertShape, after: ExpertSh
         raise ConfigError(f"{key}: the teacher has experts 0 to {before.experts - 1}; {wrong} is not one of them.")
     if len(set(config.fewer)) != len(config.fewer):
         raise ConfigError(f"{key}: an expert is named twice; every index must be another.")
-
-
-def _check_biases(teacher: PretrainedConfig, student: PretrainedConfig) -> None:
-    for name in ("attention_bias", "mlp_bias"):
-        theirs, ours = (bool(getattr(config, name, False)) for config in (teacher, student))
-        if theirs != ours:
-            raise ConfigError(
-                f"student.initialise: {name} is {theirs} in the teacher and {ours} in the {student.model_type!r} "
-                "student, which would lose or lack these weights. Choose a teacher without biases."
-            )
