@@ -19,8 +19,6 @@ _MUST_AGREE = (
     "hidden_activation",
     "partial_rotary_factor",
     "use_parallel_residual",
-    "rms_norm_eps",
-    "layer_norm_eps",
     "use_qk_norm",
     "clip_qkv",
     "query_pre_attn_scalar",
@@ -32,6 +30,8 @@ _MUST_AGREE = (
     "logits_scaling",
     "logit_scale",
 )
+# Added to a mean over the stream, so that a narrower one may want another: up to this factor either way.
+_NEAR, _FACTOR = ("rms_norm_eps", "layer_norm_eps"), 10.0
 _BIASES = ("attention_bias", "mlp_bias")
 _ADAPTING = ("uniform", "block_influence")
 
@@ -47,6 +47,10 @@ def check_agreement(*, teacher: PretrainedConfig, student: PretrainedConfig) -> 
     before, after = experts_of(teacher), experts_of(student)
     if before is not None and after is not None:
         values.append(("norm_topk_prob", before.renormalised, after.renormalised))
+    for name in _NEAR:
+        eps, own_eps = (float(getattr(config, name, None) or 0.0) for config in (teacher, student))
+        if max(eps, own_eps) > _FACTOR * min(eps, own_eps) * (1 + 1e-6):
+            values.append((name, eps, own_eps))
     for name, theirs, ours in values:
         if theirs != ours:
             raise ConfigError(

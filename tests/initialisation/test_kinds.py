@@ -42,6 +42,11 @@ def test_a_value_that_the_weights_were_not_made_for_is_refused(family, key, thei
         check_initialise(InitialiseConfig(), teacher=teacher, student=family_config(family, **{key: ours}))
 
 
+def test_a_narrower_stream_may_have_the_epsilon_that_keeps_its_norms():
+    teacher, student = (family_config("llama", rms_norm_eps=eps) for eps in (1e-6, 4e-6))
+    check_initialise(InitialiseConfig(), teacher=teacher, student=student)
+
+
 def kinds(pattern):
     return [{"s": "sliding_attention", "f": "full_attention"}[letter] for letter in pattern]
 
