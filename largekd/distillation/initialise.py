@@ -13,19 +13,18 @@ from largekd.errors import ConfigError
 from largekd.initialisation.axes import StudentMaps
 from largekd.initialisation.derive import Derivation, Prepare, as_stored, derivations, rule_of_names
 from largekd.initialisation.expert_maps import LayerLoads
-from largekd.initialisation.expert_shapes import check_experts, mapped_sizes, needs_loads, same_family
-from largekd.initialisation.experts import expert_derivations
+from largekd.initialisation.expert_shapes import check_experts, has_experts, mapped_sizes, needs_loads, same_family
+from largekd.initialisation.experts import corresponding_experts, expert_derivations
 from largekd.initialisation.fill import fill_from
-from largekd.initialisation.importance import importance_maps
+from largekd.initialisation.importance import check_importance, importance_maps
 from largekd.initialisation.kinds import check_agreement, choose_layers, drops_head
-from largekd.initialisation.report import REPORT_FILE, InitialisationReport
-from largekd.initialisation.rotation import check_rotatable, fold_norms, rotated_ends, rotated_maps
+from largekd.initialisation.report import InitialisationReport
+from largekd.initialisation.rotation import check_positions, check_rotatable, fold_norms, rotated_ends, rotated_maps
 from largekd.initialisation.sizes import Sizes, sizes_of
 from largekd.initialisation.statistics import Statistics
-from largekd.initialisation.width import check_sizes, plain_maps
+from largekd.initialisation.width import check_neurons, check_sizes, plain_maps
 from largekd.models.build import skeleton
 from largekd.models.source import ModelFolder
-from largekd.runtime.files import write_json
 from largekd.runtime.ranks import Ranks, Together
 
 logger = logging.getLogger(__name__)
@@ -80,6 +79,7 @@ def _pca(request: Request) -> Plan:
     """Neurons and heads by importance, hidden units by rotation, which changes all that touches the stream."""
     assert request.statistics is not None
     assert request.statistics.moment_DD is not None
+    check_positions(request.statistics.positions, width=request.student.width)
     maps = rotated_maps(
         _important(request, width=False), moment_DD=request.statistics.moment_DD, width=request.student.width
     )
@@ -104,7 +104,7 @@ RULES: Mapping[str, Callable[[Request], Plan]] = {
 
 
 class Measures(Protocol):
-    """What rules can ask of the teacher; both are collective calls."""
+    """What rules can ask of the teacher; the first two are collective calls."""
 
     def statistics(self, *, moment: bool) -> Statistics:
         """The teacher's activations; `moment`: the second moment of its stream among them."""
@@ -112,6 +112,10 @@ class Measures(Protocol):
 
     def loads(self) -> Mapping[int, LayerLoads]:
         """How much the teacher's routers use each expert, by layer."""
+        ...
+
+    def release(self) -> None:
+        """Free what was loaded for measuring: nothing is asked any more."""
         ...
 
 
@@ -136,8 +140,17 @@ def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, stu
     if config.width == "pca":
         check_rotatable(student)
     check_experts(config.experts, teacher=teacher, student=student)
-    check_sizes(teacher=sizes_of(teacher), student=mapped_sizes(config.experts, teacher=teacher, student=student))
-    choose_layers(config.layers, teacher=teacher, student=student)
+    layers = choose_layers(config.layers, teacher=teacher, student=student)
+    shapes = {
+        "teacher": sizes_of(teacher),
+        "student": mapped_sizes(config.experts, teacher=teacher, student=student, layers=layers),
+    }
+    check_sizes(**shapes)
+    if config.layers != "block_influence":
+        check_neurons(**shapes, layers=layers)
+    if config.width in ("importance", "pca"):
+        experts = [has_experts(teacher, layer=layer) for layer in range(teacher.num_hidden_layers)]
+        check_importance(**shapes, layers=layers, experts=experts)
 
 
 def initialise_student(
@@ -168,10 +181,13 @@ def initialise_student(
         model=model,
         teacher_config=teacher.config,
         teacher=sizes_of(teacher.config),
-        student=mapped_sizes(config.experts, teacher=teacher.config, student=model.config),
+        student=mapped_sizes(config.experts, teacher=teacher.config, student=model.config, layers=layers),
         layers=layers,
         statistics=statistics,
     )
+    watched = needs_loads(config.experts, teacher=teacher.config, student=model.config)
+    loads = measures.loads() if watched else {}
+    measures.release()
     plan = RULES[config.width](request)
     made = derivations(
         model,
@@ -179,13 +195,16 @@ def initialise_student(
         teacher_config=teacher.config,
         seed=seed,
         prepare=plan.prepare,
-        given={**plan.given, **_experts(request, plan=plan, measures=measures, seed=seed)},
+        given={**plan.given, **_experts(request, plan=plan, loads=loads, seed=seed)},
     )
     report = fill_from(
         model, derivations=made, folder=teacher.path, rank=ranks.rank, seed=seed, teacher=_names(model, teacher)
     )
     report = replace(
         report,
+        expert_map=corresponding_experts(
+            config.experts, teacher_config=teacher.config, student_config=model.config, layers=layers, loads=loads
+        ),
         plan={
             "teacher": str(teacher.path),
             "layers": list(layers),
@@ -203,17 +222,15 @@ def initialise_student(
     return report
 
 
-def _experts(request: Request, *, plan: Plan, measures: Measures, seed: int) -> dict[str, Derivation]:
+def _experts(request: Request, *, plan: Plan, loads: Mapping[int, LayerLoads], seed: int) -> dict[str, Derivation]:
     """The MLPs of layers in which teacher and student differ in their experts."""
-    config, teacher, student = request.config.experts, request.teacher_config, request.model.config
-    watched = needs_loads(config, teacher=teacher, student=student)
     return expert_derivations(
         request.model,
-        config=config,
-        teacher_config=teacher,
+        config=request.config.experts,
+        teacher_config=request.teacher_config,
         layers=request.layers,
-        rule=rule_of_names(request.model, maps=plan.maps, teacher_config=teacher, prepare=plan.prepare),
-        loads=measures.loads() if watched else {},
+        rule=rule_of_names(request.model, maps=plan.maps, teacher_config=request.teacher_config, prepare=plan.prepare),
+        loads=loads,
         seed=seed,
     )
 
@@ -226,7 +243,8 @@ def _names(model: PreTrainedModel, teacher: ModelFolder) -> PreTrainedModel | No
 
 
 def write_report(report: InitialisationReport, *, folder: Path, ranks: Ranks) -> None:
-    """initialisation.json in a run's folder. A collective call."""
+    """initialisation.json, and expert_map.json where experts were chosen or merged, in a run's folder. A collective
+    call."""
     with Together():
         if ranks.is_main:
-            write_json(folder / REPORT_FILE, value=report.as_mapping())
+            report.write(folder)

@@ -19,7 +19,6 @@ from largekd.initialisation.report import REPORT_FILE, InitialisationReport
 from largekd.models.build import DTYPES
 from largekd.models.decoder import Decoder
 from largekd.models.export import save_extras, stream_tensors
-from largekd.runtime.files import write_json
 from largekd.runtime.logging import configure_logging, write_line
 from largekd.runtime.ranks import MainFirst, Ranks, Together, current_ranks, require_same
 from largekd.sharding.cluster import process_group
@@ -127,7 +126,7 @@ def _write_folder(
             tokenizer=sources.tokenizer,
             source=sources.tokenizer_folder,
         )
-        write_json(pending / REPORT_FILE, value=report.as_mapping())
+        report.write(pending)
 
     write_export(
         target,
