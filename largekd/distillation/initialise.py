@@ -18,7 +18,7 @@ from largekd.initialisation.experts import corresponding_experts, expert_derivat
 from largekd.initialisation.fill import fill_from
 from largekd.initialisation.importance import check_importance, importance_maps
 from largekd.initialisation.kinds import check_agreement, choose_layers, drops_head
-from largekd.initialisation.report import InitialisationReport
+from largekd.initialisation.report import InitialisationReport, shape_of
 from largekd.initialisation.rotation import check_positions, check_rotatable, fold_norms, rotated_ends, rotated_maps
 from largekd.initialisation.sizes import Sizes, sizes_of
 from largekd.initialisation.statistics import Statistics
@@ -207,6 +207,7 @@ def initialise_student(
         ),
         plan={
             "teacher": str(teacher.path),
+            "teacher_shape": shape_of(teacher.config),
             "layers": list(layers),
             "gains": dict(plan.maps.gains),
             **config.model_dump(mode="json", exclude={"layers"}),

@@ -7,17 +7,18 @@ from transformers import PretrainedConfig
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError
 from largekd.initialisation.kinds import choose_layers
-from largekd.initialisation.report import REPORT_FILE
+from largekd.initialisation.report import REPORT_FILE, shape_of
 from largekd.models.source import ModelFolder
 from largekd.runtime.files import read_json
 
 
 def kept_layers(config: RunConfig, *, teacher: ModelFolder) -> tuple[int, ...] | None:
-    """The teacher's layer of each of the student's, once the student is built; None where it is not made of this
-    teacher.
+    """The teacher's layer of each of the student's, once the student is built; None where it is made of
+    no teacher, or of one of another shape.
 
     Of student.initialise this is in the run's initialisation.json, in a resumed run and in later stages too; these may
-    have a teacher that the student was not made of. Errors: ConfigError when that file is lost.
+    have another teacher. The folder's name does not count: a model may move between two starts. Errors: ConfigError
+    when that file is lost.
     """
     if config.student.initialise is None:
         return config.student.teacher_layers
@@ -29,7 +30,7 @@ def kept_layers(config: RunConfig, *, teacher: ModelFolder) -> tuple[int, ...] |
             f"{path}: cannot be read ({error}); it says which layers of the teacher the student was made of. Restore "
             "it, or start anew with run.fresh=true."
         ) from error
-    return tuple(plan["layers"]) if plan["teacher"] == str(teacher.path) else None
+    return tuple(plan["layers"]) if plan.get("teacher_shape") == shape_of(teacher.config) else None
 
 
 def planned_layers(

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from largekd.runtime.files import write_json
 
 REPORT_FILE = "initialisation.json"
@@ -63,3 +65,8 @@ class InitialisationReport:
         counts = Counter(entry.how for entry in self.entries)
         ways = "; ".join(f"{count} {how}" for how, count in counts.most_common())
         return f"{len(self.entries)} tensors, {self.copied_frac:.1%} of their entries the teacher's unchanged: {ways}"
+
+
+def shape_of(config: PretrainedConfig) -> list[str | int]:
+    """What tells the layers of one model from another's, as initialisation.json says it: type, layers, width."""
+    return [str(config.model_type), int(config.num_hidden_layers), int(config.hidden_size)]

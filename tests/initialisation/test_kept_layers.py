@@ -53,13 +53,16 @@ def test_routers_are_compared_with_those_they_were_made_of(one_rank, tree, tiny_
 
 def test_the_layers_of_another_teacher_are_not_the_student_s(tree, tmp_path):
     config = parse_config(tree)
-    mine, other = (SimpleNamespace(path=tmp_path / name) for name in ("mine", "other"))
+    mine, moved, other = (
+        SimpleNamespace(path=tmp_path / name, config=family_config("llama", num_hidden_layers=layers))
+        for name, layers in (("mine", 4), ("moved", 4), ("other", 6))
+    )
     with pytest.raises(ConfigError, match=r"initialisation\.json: cannot be read"):
         kept_layers(config, teacher=mine)
     (tmp_path / "run").mkdir()
-    plan = {"teacher": str(mine.path), "layers": [0, 3]}
+    plan = {"teacher": str(mine.path), "teacher_shape": ["llama", 4, 32], "layers": [0, 3]}
     (tmp_path / "run/initialisation.json").write_text(json.dumps({"plan": plan}))
-    assert kept_layers(config, teacher=mine) == (0, 3)
+    assert kept_layers(config, teacher=mine) == kept_layers(config, teacher=moved) == (0, 3)
     assert kept_layers(config, teacher=other) is None
 
 
