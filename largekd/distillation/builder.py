@@ -1,6 +1,6 @@
 """The builder: the only file that knows every room."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from largekd.distillation.layers import check_deep_layers, decoder_shape, find_p
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student
 from largekd.distillation.numerics import GradientWatch
+from largekd.distillation.origin import kept_layers, report_folder
 from largekd.distillation.prepared import Beginning, Prepared
 from largekd.distillation.remote import Surroundings
 from largekd.distillation.rollouts import build_rollouts
@@ -258,8 +259,16 @@ def _build_models(
     within = shared is not None or config.teacher.kind == "base"
     decoder = student if within else None if model is None else model.decoder
     compared = stored_layers(config) if decoder is None else decoder
+    compares = bool(objective.features or objective.attention or objective.config.router)
+    made_of = kept_layers(config, teacher=sources.teacher) if compares else None
     alignment = _build_alignment(
-        prepared, student=student, teacher=compared, ds_config=trained, folder=folder, resumed=beginning.resumed
+        prepared,
+        student=student,
+        teacher=compared,
+        ds_config=trained,
+        folder=folder,
+        kept=made_of,
+        resumed=beginning.resumed,
     )
     teacher: Teacher
     if kept is not None:
@@ -276,7 +285,7 @@ def _build_models(
         student=student,
         teacher=decoder,
         teacher_kind=config.teacher.kind,
-        kept=config.student.teacher_layers,
+        kept=made_of,
     )
     plan = plan_of(alignment, step=0, seed=prepared.seed, router=router)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
@@ -309,7 +318,7 @@ def _build_student(
             decoder=None if teacher is None else teacher.decoder,
             ranks=ranks,
         ),
-        report_to=partial(write_report, folder=folder, ranks=ranks),
+        report_to=partial(write_report, folder=report_folder(config), ranks=ranks),
     )
 
 
@@ -355,6 +364,7 @@ def _build_alignment(
     teacher: Decoder | StoredLayers | None,
     ds_config: Mapping[str, Any],
     folder: Path,
+    kept: Sequence[int] | None,
     resumed: bool,
 ) -> Alignment | None:
     """The alignment of the paired layers, None without pairs."""
@@ -367,6 +377,7 @@ def _build_alignment(
         rows=prepared.data.first_rows,
         folder=folder,
         ranks=prepared.ranks,
+        kept=kept,
         resumed=resumed,
     )
     if not pairs:

@@ -23,6 +23,7 @@ from largekd.data.templates import load_template
 from largekd.data.vocabulary import load_tokenizer, tokenizer_fingerprint
 from largekd.distillation.layers import compared_layers
 from largekd.distillation.models import Sources, member_key
+from largekd.distillation.origin import planned_layers
 from largekd.errors import DataError, TeacherError
 from largekd.models.build import DTYPES
 from largekd.models.source import ModelFolder
@@ -107,8 +108,10 @@ def _tap_identity(
 
 
 def _compared(config: RunConfig, *, sources: Sources) -> dict[str, TapRequest]:
+    shapes = {"teacher": sources.teacher.config, "student": sources.student_config}
     return compared_layers(
         config,
+        kept=planned_layers(config, **shapes),
         student_depth=sources.student_config.num_hidden_layers,
         teacher_depth=sources.teacher.config.num_hidden_layers,
     )
