@@ -5,13 +5,15 @@ import sys
 
 from cli import RunParser, exit_status
 
-USAGE = """deepspeed launch/cache_teacher.py --config FILE [key=value ...]
-       python launch/cache_teacher.py --config FILE [key=value ...]                    one rank"""
+USAGE = """deepspeed launch/cache_teacher.py --config FILE [--stage NAME] [key=value ...]
+       python launch/cache_teacher.py --config FILE [--stage NAME] [key=value ...]     one rank"""
 
 
 def main(argv: list[str]) -> None:
     """Parse, then make the cache."""
-    given = RunParser(description=__doc__, usage=USAGE).read(argv)
+    parser = RunParser(description=__doc__, usage=USAGE)
+    parser.add_argument("--stage", metavar="NAME", help="of a run in stages, the one whose rows to store; the first")
+    given = parser.read(argv)
     from largekd.runtime.shutdown import end_with_launcher
 
     end_with_launcher()
@@ -24,7 +26,7 @@ def main(argv: list[str]) -> None:
     require_buildable_ops()
     from largekd.distillation.caching import cache_teacher
 
-    if cache_teacher(config) is None:
+    if cache_teacher(config, stage=given.stage) is None:
         # The launcher, which signals one rank after another, may yet signal this one.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -13,7 +13,7 @@ from sharding_jobs import ds_config, whole
 
 from largekd.contracts import IGNORE_LABEL, Batch
 from largekd.engine.frozen import FrozenEngine
-from largekd.initialisation.axes import StudentMaps
+from largekd.initialisation.axes import Mix, StudentMaps
 from largekd.initialisation.calibration import measure
 from largekd.initialisation.derive import derivations
 from largekd.initialisation.fill import fill_from
@@ -97,3 +97,16 @@ def _derived(decoder: Decoder, model: Any, *, statistics: Statistics, rule: str,
 
 def _hooks(decoder: Decoder) -> int:
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in decoder.modules())
+
+
+def moment_of_rank(rank: int) -> torch.Tensor:
+    """A second moment that is another one on every rank, as if they had rounded differently."""
+    rows = torch.randn(40, 6, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    return rows.T @ rows / len(rows)
+
+
+def rotated_by_own_moment(*, width: int) -> tuple[torch.Tensor, float]:
+    """The map of hidden units and its gain."""
+    maps = rotated_maps(StudentMaps(layers=()), moment_DD=moment_of_rank(dist.get_rank()), width=width)
+    assert isinstance(maps.width, Mix)
+    return maps.width.matrix_NM, maps.gains["width"]

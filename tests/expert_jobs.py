@@ -42,6 +42,9 @@ class Unasked:
     def loads(self) -> Mapping[int, LayerLoads]:
         raise AssertionError("nobody needs the teacher's routers here")
 
+    def release(self) -> None:
+        """There is nothing to let go."""
+
 
 class Watching(Unasked):
     """Only the routers of the mixture in a folder."""

@@ -46,10 +46,12 @@ def staged(assets: Path, run_dir: Path, **changes: Any) -> dict[str, Any]:
 
 def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
     """A whole run; of each phase: hooks of the student, size of optimizer state, backward calls per layer,
-    which shards moved, and how many of all phases' vocabulary passes, master copies, and inheritances are alive."""
+    which shards moved, and how many of all phases' vocabulary passes, master copies, inheritances and teachers are
+    alive."""
     build, steps = run.build, run.run_steps
     phases: list[dict[str, Any]] = []
     owned: tuple[list[Any], ...] = ([], [], [])
+    decoders: list[Any] = []
 
     def watched_build(*arguments: Any, **options: Any) -> Any:
         parts = build(*arguments, **options)
@@ -58,6 +60,8 @@ def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
         made = ((parts.engine.module.vocabulary,), (_flat(parts.engine),), carried)
         for kind, values in zip(owned, made, strict=True):
             kind += map(weakref.ref, values)
+        if parts.teacher_model is not None and parts.teacher_model.decoder is not None:
+            decoders.append(weakref.ref(parts.teacher_model.decoder))
         return parts
 
     def watched_steps(session: Any, **options: Any) -> bool:
@@ -81,6 +85,7 @@ def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
                 "moved": [n for n, shard in before.items() if not torch.equal(shard, own_shard(after[n]))],
                 "alive": [sum(reference() is not None for reference in kind) for kind in owned],
                 "teacher": id(parts.teacher),
+                "decoders": len({id(decoder()) for decoder in decoders if decoder() is not None}),
             }
         )
         return finished
@@ -90,6 +95,29 @@ def observed(*, tree: Mapping[str, Any]) -> dict[str, Any]:
         return {"summary": largekd.distill(tree), "phases": phases}
     finally:
         run.build, run.run_steps = build, steps
+
+
+def passed_on(*, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole run; what each phase has gathered when it begins and when it ends, and the number of teachers built."""
+    steps = run.run_steps
+    phases: list[tuple[Any, Any]] = []
+    teachers: list[Any] = []
+
+    def watched_steps(session: Any, **options: Any) -> bool:
+        parts = session.parts
+        if not any(parts.teacher is teacher for teacher in teachers):
+            teachers.append(parts.teacher)
+        begun = {name: owner.state() for name, owner in parts.stateful.items()}
+        finished = steps(session, **options)
+        phases.append((begun, {name: owner.state() for name, owner in parts.stateful.items()}))
+        return finished
+
+    run.run_steps = watched_steps
+    try:
+        largekd.distill(tree)
+    finally:
+        run.run_steps = steps
+    return {"phases": phases, "teachers": len(teachers)}
 
 
 def _counting(calls: list[int], index: int) -> Any:

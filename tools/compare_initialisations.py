@@ -182,6 +182,9 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
     for shape in dict.fromkeys(entry["shape"] for entry in found):
         lines += [
             f"\n{shape}: {', '.join(f'{key} = {value}' for key, value in SHAPES[shape].items())}\n",
+            f"({', '.join(sorted(UNTIED))}: embedding and head apart, in random tied)\n"
+            if any(entry["method"] in UNTIED for entry in found if entry["shape"] == shape)
+            else "",
             "| first weights | seeds | KL before | KL after | top-1 agreement after, % | better than random |",
             "|---|---|---|---|---|---|",
         ]

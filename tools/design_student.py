@@ -27,7 +27,7 @@ from largekd.config.problems import problems
 from largekd.errors import ConfigError, LargeKDError
 from largekd.planner.design import Design, design_student
 from largekd.planner.design_report import render_design, side_by_side
-from largekd.planner.locate import read_model_config
+from largekd.planner.locate import find_model_config, read_model_config
 from largekd.planner.plan import plan
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(render_design(design, teacher=teacher, keep=given.keep) + "\n")
         sys.stdout.write(training_memory(given, design=design) + "\n")
         if given.output is not None:
-            write(design, teacher=Path(given.teacher).expanduser(), folder=given.output)
+            write(design, source=find_model_config(given.teacher).parent, folder=given.output)
             sys.stdout.write(f"wrote {given.output}: student.config = {given.output}\n")
     except LargeKDError as error:
         sys.stderr.write(f"design_student.py: {error}\n")
@@ -110,17 +110,17 @@ def training_memory(given: argparse.Namespace, *, design: Design) -> str:
     )
 
 
-def write(design: Design, *, teacher: Path, folder: Path) -> None:
-    """The student's config.json and the teacher's tokenizer. Errors: ConfigError where another model already is."""
-    source = teacher if teacher.is_dir() else teacher.parent
+def write(design: Design, *, source: Path, folder: Path) -> None:
+    """The student's config.json and the tokenizer of the teacher in the folder `source`.
+
+    Errors: ConfigError where another model already is.
+    """
     if folder.resolve() == source.resolve():
         raise ConfigError(f"--output {folder}: the teacher is there; name another folder.")
     if any(folder.glob("*.safetensors")):
         raise ConfigError(f"--output {folder}: there are weights of another shape; name an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(design.config, indent=2) + "\n", encoding="utf-8")
-    if not source.is_dir():
-        return
     for pattern in (*TOKENIZER_FILES, *MORE_FILES):
         for path in source.glob(pattern):
             if path.is_file():

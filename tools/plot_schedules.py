@@ -18,6 +18,7 @@ from largekd.config.load import load_config
 from largekd.config.objective_checks import term_name
 from largekd.config.run import RunConfig
 from largekd.config.schedule import CurveConfig
+from largekd.config.staging import stage_named
 from largekd.errors import ConfigError, LargeKDError
 from largekd.objectives.schedules import value_at
 from largekd.optim.schedule import learning_rate
@@ -34,6 +35,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", metavar="RECIPE", help="the run's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a key of the file")
+    parser.add_argument("--stage", metavar="NAME", help="of a run in stages, the one to show; the first if not given")
     parser.add_argument("--steps", type=int, metavar="N", help="length of the run; train.max_steps if not given")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the picture; runs/<recipe>-schedules.png if not given"
@@ -41,7 +43,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--table", action="store_true", help="print a table; a picture only if --out is given too")
     given = parser.parse_intermixed_args(argv)
     try:
-        config = load_config(given.recipe, overrides=given.overrides)
+        config = stage_named(load_config(given.recipe, overrides=given.overrides), name=given.stage).config
         max_steps = length(config, steps=given.steps)
         if given.table:
             steps = some_steps(max_steps, at_most=ROWS)

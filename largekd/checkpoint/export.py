@@ -1,6 +1,7 @@
 """The student as a plain Hugging Face folder, written tensor by tensor."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,12 +38,12 @@ def write_export(
     `dtype` converts floating-point tensors. An earlier export is replaced when the new one is whole, not before.
     Raises CheckpointError on every rank when the folder cannot be written.
     """
-    temporary = temporary_sibling(folder, label=_LABEL)
+    temporary = temporary_sibling(folder, label=f"{_LABEL}-{folder.name}")
     shards = _Shards(temporary, max_bytes=max_shard_bytes) if ranks.is_main else None
     try:
         with Together(), _explained_as(folder):
             if shards is not None:
-                _make_room(temporary)
+                _make_room(temporary, folder=folder)
         failure = _consume(tensors, shards=shards, dtype=dtype)
         with Together(), _explained_as(folder):
             if failure is not None:
@@ -118,10 +119,15 @@ class _Shards:
         return self.folder / f"part-{number:05d}.safetensors"
 
 
-def _make_room(temporary: Path) -> None:
-    """Create the temporary folder; what earlier exports left behind is removed."""
-    for leftover in temporary.parent.glob(f"{TEMPORARY_PREFIX}*{_LABEL}-*"):
-        remove_tree(leftover)
+def _make_room(temporary: Path, *, folder: Path) -> None:
+    """Create the temporary folder; what earlier exports to the same folder left behind is removed.
+
+    Others beside it may be at work, as exports of other runs.
+    """
+    ours = re.compile(rf"{re.escape(TEMPORARY_PREFIX)}(?:{_LABEL}|old)-{re.escape(folder.name)}-[0-9a-f]{{12}}")
+    for leftover in temporary.parent.glob(f"{TEMPORARY_PREFIX}*"):
+        if ours.fullmatch(leftover.name):
+            remove_tree(leftover)
     temporary.mkdir(parents=True)
 
 

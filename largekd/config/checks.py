@@ -19,14 +19,17 @@ from largekd.config.teacher_checks import check_mixture
 from largekd.errors import ConfigError
 
 
-def check_config(config: RunConfig) -> list[str]:
-    """The rules that the values break together, one line each; empty when the run can be built."""
+def check_config(config: RunConfig, *, begins: bool = True) -> list[str]:
+    """The rules that the values break together, one line each; empty when the run can be built.
+
+    begins: not a stage to which another one hands its student.
+    """
     return [
         *_train(config),
         *check_mixture(config),
-        *_student(config),
+        *_student(config, begins=begins),
         *check_design(config),
-        *check_initialisation(config),
+        *check_initialisation(config, begins=begins),
         *_average(config),
         *_self_shared(config),
         *_depth(config),
@@ -64,7 +67,7 @@ def _train(config: RunConfig) -> Iterator[str]:
         yield "train.max_steps: set it or train.max_epochs, otherwise the run has no end"
 
 
-def _student(config: RunConfig) -> Iterator[str]:
+def _student(config: RunConfig, *, begins: bool) -> Iterator[str]:
     student, averaged = config.student, isinstance(config.teacher, EMATeacherConfig)
     shapes = (student.model, student.config, student.teacher_layers, student.design)
     if all(shape is None for shape in shapes) and not averaged:
@@ -75,7 +78,8 @@ def _student(config: RunConfig) -> Iterator[str]:
     teacher, key = (config.teacher, "teacher")
     if isinstance(teacher, MixtureTeacherConfig):
         teacher, key = teacher.members[0].teacher, "teacher.members.0.teacher"
-    if isinstance(teacher, CachedTeacherConfig) and teacher.model is None and student.teacher_layers is not None:
+    weightless = isinstance(teacher, CachedTeacherConfig) and teacher.model is None
+    if begins and weightless and student.teacher_layers is not None:
         yield f"student.teacher_layers: a cache has no weights; set {key}.model to the teacher that was cached"
     if student.layers is not None and student.model is None:
         yield "student.layers: it names layers of student.model; set that, or student.teacher_layers"

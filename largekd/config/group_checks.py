@@ -12,7 +12,7 @@ DEFAULT_GROUP = "default"
 NO_DECAY_SUFFIX = ".no_decay"
 """What the name of a group's part without weight decay ends in."""
 
-_OWN_NAMES = re.compile(r"\.(no_decay|embedding|layer_\d+)$")
+_OWN_NAMES = re.compile(r"\.(no_decay|embedding|layer_\d+|after_\d+)$")
 
 
 def check_groups(optim: OptimConfig) -> Iterator[str]:

@@ -21,8 +21,12 @@ def check_lora(config: RunConfig) -> Iterator[str]:
         yield f"student.lora.pattern = {student.lora.pattern!r}: not a regular expression ({error})"
     if kind in ("ema", "self_shared"):
         yield f"student.lora: teacher.kind = {kind!r} has another way with the student's weights; take one of them out"
-    if student.config is not None and student.initialise is None:
-        yield "student.lora: freezes the weights of student.config, which are random; choose student.model"
+    for key in ("config", "design"):
+        if getattr(student, key) is not None and student.initialise is None:
+            yield (
+                f"student.lora: freezes the weights of student.{key}, which are random; choose student.model or set "
+                "student.initialise"
+            )
     whole = student.model is not None and student.layers is None
     if config.export.adapter and not whole:
         yield (

@@ -217,8 +217,8 @@ def _layers(objective: ObjectiveConfig, *, student: StudentConfig) -> Iterator[s
         if not isinstance(aligned.layers, ClosestLayersConfig):
             continue
         what = f"{key}.layers.map = 'closest_non_pruned': needs to know which layers the student kept"
-        if student.teacher_layers is None:
-            yield f"{what}; set student.teacher_layers or choose another map"
+        if student.teacher_layers is None and student.initialise is None:
+            yield f"{what}; set student.teacher_layers or student.initialise, or choose another map"
         for name, value in (("model", student.model), ("config", student.config)):
             if value is not None and student.teacher_layers is not None:
                 yield f"{what}; student.{name} = {value!r} replaces student.teacher_layers: set only one of them"

@@ -39,13 +39,29 @@ def render_config(config: BaseModel) -> str:
 
 def config_differences(old: RunConfig, new: RunConfig, *, may_differ: Sequence[str] = MAY_DIFFER) -> tuple[str, ...]:
     """`key: old -> new` for every key whose values differ, except the keys in `may_differ` and all below them."""
-    before, after = dict(_leaves(config_to_mapping(old))), dict(_leaves(config_to_mapping(new)))
     return tuple(
-        f"{key}: {_word(before.get(key, _ABSENT))} -> {_word(after.get(key, _ABSENT))}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
-        and not any(key == free or key.startswith(f"{free}.") for free in may_differ)
+        f"{key}: {_word(before)} -> {_word(after)}"
+        for key, before, after in _unlike(config_to_mapping(old), config_to_mapping(new))
+        if not any(key == free or key.startswith(f"{free}.") for free in may_differ)
     )
+
+
+def _unlike(old: dict[str, Any], new: dict[str, Any], *, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Key and both values where they differ; equally long lists of records are compared entry by entry."""
+    before, after = dict(_leaves(old, prefix=prefix)), dict(_leaves(new, prefix=prefix))
+    for key in dict.fromkeys([*before, *after]):
+        mine, theirs = before.get(key, _ABSENT), after.get(key, _ABSENT)
+        if mine == theirs:
+            continue
+        if _records(mine) and _records(theirs) and len(mine) == len(theirs):
+            for index, (left, right) in enumerate(zip(mine, theirs, strict=True)):
+                yield from _unlike(left, right, prefix=f"{key}.{index}.")
+        else:
+            yield key, mine, theirs
+
+
+def _records(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def _leaves(mapping: dict[str, Any], *, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,8 @@ class StageConfig(Frozen):
     epochs: int | None = Field(None, ge=1, description="Or passes over the stage's data.")
     set: dict[str, Any] = Field(
         default_factory=dict,
-        description="Keys of the run that differ, nested or dotted; lists and other kinds replace, the rest merges.",
+        description="Keys of the run that differ, nested or dotted; lists, other kinds and curves of another shape "
+        "replace, the rest merges.",
     )
     keep_optimizer: bool = Field(
         False, description="Keep the moments of parameters that were trained in the stage before."

@@ -11,6 +11,8 @@ from largekd.config.problems import shown
 from largekd.config.render import config_to_mapping
 from largekd.config.run import RunConfig
 from largekd.config.stages import StageConfig
+from largekd.config.teacher import CachedTeacherConfig, MixtureTeacherConfig, RoutedWeightsConfig, TeacherConfig
+from largekd.errors import ConfigError
 
 _DURATIONS = ("steps", "tokens", "epochs")
 _SINGLE_NAME = "run"
@@ -33,7 +35,7 @@ _FIXED: Mapping[str, str] = {
 # Below a fixed key, and free all the same.
 _FREE = ("student.layer_drop",)
 # What tells one record of a union from another: a mapping that names another one replaces, and does not merge.
-_KINDS = ("kind", "map")
+_KINDS = ("kind", "map", "shape")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,43 @@ def stages_of(config: RunConfig) -> tuple[Stage, ...]:
     return tuple(stages)
 
 
+def stage_named(config: RunConfig, *, name: str | None) -> Stage:
+    """A stage of a run by its name; None: the first. Errors: ConfigError for a name that no stage has."""
+    stages = stages_of(config)
+    if name is None:
+        return stages[0]
+    names = [stage.name for stage in stages] if config.stages else []
+    if name not in names:
+        known = ", ".join(map(repr, names)) or "none: the run has no stages"
+        raise ConfigError(f"--stage {name!r}: the stages of this run are {known}.")
+    return stages[names.index(name)]
+
+
+def stages_to_cache(config: RunConfig, *, name: str | None) -> tuple[Stage, ...]:
+    """The stages that one cache serves: `name` (None: the first), and behind it the others with its rows.
+
+    Errors: ConfigError where no name is given and stages have unlike rows, which no one cache holds.
+    """
+    chosen = stage_named(config, name=name)
+    alike = [chosen]
+    others: list[Stage] = []
+    for stage in stages_of(config):
+        if stage.index != chosen.index:
+            (alike if _rows(stage.config) == _rows(chosen.config) else others).append(stage)
+    if name is None and others:
+        raise ConfigError(
+            f"stages: {', '.join(repr(stage.name) for stage in others)} read other rows (train.sequence_length or "
+            f"data) than {chosen.name!r}, and a cache holds one kind; name the stage whose rows to cache with --stage, "
+            "and make one cache for each kind."
+        )
+    return tuple(alike)
+
+
+def _rows(config: RunConfig) -> tuple[Any, ...]:
+    data = config.data
+    return config.train.sequence_length, data.train, data.eval, data.packing
+
+
 def check_stages(config: RunConfig) -> list[str]:
     """What is wrong with the stages of a configuration that is sound without them, one line each."""
     if not config.stages:
@@ -78,8 +117,31 @@ def check_stages(config: RunConfig) -> list[str]:
 
 def keeps_teacher(before: RunConfig, after: RunConfig) -> bool:
     """Whether the teacher of one stage serves the next one too, with its weights and what it has learnt."""
-    same = before.teacher == after.teacher and before.objective.translation == after.objective.translation
-    return same and after.teacher.kind in ("online", "ema", "mixture")
+    teacher = after.teacher
+    if before.teacher != teacher or before.objective.translation != after.objective.translation:
+        return False
+    if not isinstance(teacher, MixtureTeacherConfig):
+        return teacher.kind in ("online", "ema")
+    if any(isinstance(member.teacher, CachedTeacherConfig) for member in teacher.members):
+        # A cache is bound to the rows and to what the objective reads of it.
+        return (before.data, before.objective) == (after.data, after.objective) and _row_shape(before) == _row_shape(
+            after
+        )
+    # A mixture that is routed by the records knows their columns.
+    return not isinstance(teacher.weighting, RoutedWeightsConfig) or before.data == after.data
+
+
+def _row_shape(config: RunConfig) -> tuple[int, int]:
+    return config.train.sequence_length, config.train.micro_batch_size
+
+
+def same_held_out(before: RunConfig, after: RunConfig) -> bool:
+    """Whether both stages evaluate on the same tokens."""
+    first, second = (
+        (config.data.eval, config.data.packing, config.train.sequence_length, config.eval.max_rows)
+        for config in (before, after)
+    )
+    return first == second
 
 
 def _whole(config: RunConfig) -> Iterator[str]:
@@ -123,7 +185,7 @@ def _stage_config(config: RunConfig, *, stage: StageConfig, index: int) -> tuple
         steps = -(-stage.tokens // positions)
         merged = merged.model_copy(update={"train": merged.train.model_copy(update={"max_steps": steps})})
     if merged is not None:
-        found = check_config(merged)
+        found = check_config(merged, begins=index == 0)
     return merged, [_placed(line, changes=changes, stage=stage, index=index) for line in found]
 
 
@@ -148,16 +210,24 @@ def _sequence(configs: list[RunConfig], *, stages: tuple[StageConfig, ...]) -> I
                 f"{place}: teacher.kind = 'ema' begins as the weights of student.model, not as those of the stage "
                 "before; let it teach from the first stage on, with the same keys"
             )
-        model, origin = getattr(config.teacher, "model", None), getattr(first.teacher, "model", None)
-        if made_of_teacher and model != origin:
+        origin = _origin(first.teacher)
+        # What a cache was made of is told by its files alone.
+        if made_of_teacher and _origin(config.teacher) not in (origin, None):
             yield (
-                f"{place}: teacher.model = {shown(model)}, but the student is made of the layers of {shown(origin)}; "
-                "a run with several teachers needs student.model"
+                f"{place}: its teacher is {shown(_origin(config.teacher))}, but the student is made of the layers of "
+                f"{shown(origin)}; a run with several teachers needs student.model"
             )
         if stage.keep_optimizer and index == 0:
             yield f"stages.0.keep_optimizer: {stage.name!r} is the first stage; there is nothing to keep"
         if stage.keep_optimizer and config.optim.implementation != "torch":
             yield f"{place}: keep_optimizer needs optim.implementation = 'torch'"
+
+
+def _origin(teacher: TeacherConfig) -> str | None:
+    """The model whose layers a student without one of its own is made of: of several teachers the first."""
+    if isinstance(teacher, MixtureTeacherConfig):
+        return _origin(teacher.members[0].teacher)
+    return getattr(teacher, "model", None)
 
 
 def nested(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,9 +189,9 @@ def save_trimmed(tokenizer: PreTrainedTokenizerBase, *, folder: Path, trim: Trim
         config["added_tokens_decoder"] = {new_id[old]: token for old, token in config["added_tokens_decoder"].items()}
         write_json(folder / _SETTINGS, value=config)
     read_back: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    expected = {token: place for token, place in tokenizer.get_vocab().items() if place in set(trim.kept_V.tolist())}
-    mapping = dict(zip(trim.kept_V.tolist(), range(len(trim.kept_V)), strict=True))
-    if read_back.get_vocab() != {token: mapping[place] for token, place in expected.items()}:
+    mapping = {old: new for new, old in enumerate(trim.kept_V.tolist())}
+    expected = {token: mapping[place] for token, place in tokenizer.get_vocab().items() if place in mapping}
+    if read_back.get_vocab() != expected:
         raise DataError(
             f"{type(tokenizer).__name__} does not take its tokens' ids from {_TOKENIZER}; it cannot be trimmed."
         )

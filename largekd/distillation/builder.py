@@ -1,6 +1,6 @@
 """The builder: the only file that knows every room."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from largekd.distillation.layers import check_deep_layers, decoder_shape, find_p
 from largekd.distillation.model import DistillModel
 from largekd.distillation.models import Sources, build_student
 from largekd.distillation.numerics import GradientWatch
+from largekd.distillation.origin import kept_layers, report_folder
 from largekd.distillation.prepared import Beginning, Prepared
 from largekd.distillation.remote import Surroundings
 from largekd.distillation.rollouts import build_rollouts
@@ -47,7 +48,7 @@ from largekd.objectives.router_loads import RouterLoads
 from largekd.objectives.selection import TokenSelection
 from largekd.objectives.terms import Objective
 from largekd.objectives.vocabulary import VocabularyPass
-from largekd.optim.groups import build_groups
+from largekd.optim.groups import build_groups, learning
 from largekd.runtime.files import write_json
 from largekd.runtime.ranks import Ranks, Together
 from largekd.sharding.accelerator import device
@@ -75,6 +76,7 @@ class Parts:
     evaluation_batches: Callable[[], Iterator[Batch]] | None
     resumable: bool
     accumulation: int
+    seed: int
     rollouts: Rollouts | None = None
     layer_drop: LayerDrop | None = None
     depths: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
@@ -90,6 +92,12 @@ class Parts:
         module = self.engine.module
         assert isinstance(module, DistillModel)
         return module.named_trainables()
+
+    @property
+    def stateful(self) -> dict[str, Rollouts | RouterLoads | TokenSelection]:
+        """What gathers knowledge from step to step beside weights, by the names that checkpoints know."""
+        owners = {"rollouts": self.rollouts, "router": self.router_loads, "selection": self.selection}
+        return {name: owner for name, owner in owners.items() if owner is not None}
 
     def close(self) -> None:
         """Take both engines down."""
@@ -142,34 +150,38 @@ def build(
             write_json(
                 folder / "deepspeed.json", value={**teacher_ds_configs(models.teacher_model), "student": trained}
             )
-    learning = _build_engine(prepared, models=models, trained=trained, folder=folder, beginning=beginning)
-    return Parts(
+    learner = _build_engine(prepared, models=models, trained=trained, folder=folder, beginning=beginning)
+    parts = Parts(
         config=config,
         ranks=ranks,
         device=device(),
         sources=sources,
         student=student,
-        engine=learning.engine,
+        engine=learner.engine,
         teacher=models.teacher,
         objective=objective,
         alignment=alignment,
-        selection=learning.selection,
+        selection=learner.selection,
         watch=GradientWatch(student=student, embedding=student.model.get_input_embeddings()),
         loader=prepared.data.loader,
         evaluation_batches=prepared.data.evaluation_batches,
         # Restored by DeepSpeed without learning rate and moments, and without an error.
         resumable=offload_device(prepared.placements.student, "offload_optimizer") != "nvme",
         accumulation=prepared.accumulation,
+        seed=prepared.seed,
         rollouts=rollouts,
-        layer_drop=build_layer_drop(config, student=student, alignment=alignment),
+        layer_drop=build_layer_drop(config, student=student, alignment=alignment, seed=prepared.seed),
         depths=reduced_depths(config, student=student),
         router=router,
         router_loads=None if router is None else RouterLoads(router, device=device()),
         teacher_model=models.teacher_model,
-        trainable=learning.trainable,
-        updates=learning.updates,
-        thaw=learning.thaw,
+        trainable=learner.trainable,
+        updates=learner.updates,
+        thaw=learner.thaw,
     )
+    for name, state in ({} if beginning.inherited is None else beginning.inherited.gathered).items():
+        parts.stateful[name].restore(state)
+    return parts
 
 
 @dataclass(frozen=True)
@@ -199,8 +211,9 @@ def _build_engine(
         router=models.router,
     )
     trainable = tuple(parameter for parameter in module.parameters() if parameter.requires_grad)
+    may_learn = learning(module.named_trainables())
     thaw = None if beginning.frozen is None else freeze_layers(models.student.model, frozen=beginning.frozen)
-    groups = build_groups(module.named_trainables(), config=config.optim)
+    groups = build_groups(module.named_trainables(), config=config.optim, may_learn=may_learn)
     if inherited is not None:
         updates = updates_of(module.named_trainables(), carried=inherited.carried)
         restore_shards(_own_of_losses(module), carried=inherited.carried)
@@ -246,8 +259,16 @@ def _build_models(
     within = shared is not None or config.teacher.kind == "base"
     decoder = student if within else None if model is None else model.decoder
     compared = stored_layers(config) if decoder is None else decoder
+    compares = bool(objective.features or objective.attention or objective.config.router)
+    made_of = kept_layers(config, teacher=sources.teacher) if compares else None
     alignment = _build_alignment(
-        prepared, student=student, teacher=compared, ds_config=trained, folder=folder, resumed=beginning.resumed
+        prepared,
+        student=student,
+        teacher=compared,
+        ds_config=trained,
+        folder=folder,
+        kept=made_of,
+        resumed=beginning.resumed,
     )
     teacher: Teacher
     if kept is not None:
@@ -264,9 +285,9 @@ def _build_models(
         student=student,
         teacher=decoder,
         teacher_kind=config.teacher.kind,
-        kept=config.student.teacher_layers,
+        kept=made_of,
     )
-    plan = plan_of(alignment, step=0, seed=config.train.seed, router=router)
+    plan = plan_of(alignment, step=0, seed=prepared.seed, router=router)
     teacher.check(objective.request(step=0, max_steps=1, taps=plan.teacher))
     teacher.check(objective.evaluation_request)
     kind = DistillModel if shared is None else SelfSharedModel
@@ -297,7 +318,7 @@ def _build_student(
             decoder=None if teacher is None else teacher.decoder,
             ranks=ranks,
         ),
-        report_to=partial(write_report, folder=folder, ranks=ranks),
+        report_to=partial(write_report, folder=report_folder(config), ranks=ranks),
     )
 
 
@@ -343,6 +364,7 @@ def _build_alignment(
     teacher: Decoder | StoredLayers | None,
     ds_config: Mapping[str, Any],
     folder: Path,
+    kept: Sequence[int] | None,
     resumed: bool,
 ) -> Alignment | None:
     """The alignment of the paired layers, None without pairs."""
@@ -355,6 +377,7 @@ def _build_alignment(
         rows=prepared.data.first_rows,
         folder=folder,
         ranks=prepared.ranks,
+        kept=kept,
         resumed=resumed,
     )
     if not pairs:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from largekd.data.templates import load_template
 from largekd.data.vocabulary import load_tokenizer, tokenizer_fingerprint
 from largekd.distillation.layers import compared_layers
 from largekd.distillation.models import Sources, member_key
+from largekd.distillation.origin import planned_layers
 from largekd.errors import DataError, TeacherError
 from largekd.models.build import DTYPES
 from largekd.models.source import ModelFolder
@@ -59,13 +60,18 @@ def identity_of(
     samples: Mapping[Origin, SampleStore],
     ranks: Ranks,
     group: dist.ProcessGroup | None = None,
+    others: Sequence[RunConfig] = (),
 ) -> Identity:
-    """Everything that decides the bytes of the cache that this configuration asks for. A collective call."""
+    """Everything that decides the bytes of the cache that this configuration asks for. A collective call.
+
+    others: stages that read the same rows; their layers are stored too.
+    """
+    compared = (config, *others)
     folder = sources.teacher
     return Identity(
         format=FORMAT,
         codec=cache.codec,
-        taps=None if cache.taps is None else _tap_identity(config, precision=cache.taps.precision, sources=sources),
+        taps=None if cache.taps is None else _tap_identity(compared, precision=cache.taps.precision, sources=sources),
         teacher=TeacherIdentity(
             model=teacher.model,
             weights=weights_hash(folder, ranks=ranks, group=group),
@@ -91,9 +97,11 @@ def identity_of(
     )
 
 
-def _tap_identity(config: RunConfig, *, precision: Literal["bf16", "fp32"], sources: Sources) -> TapIdentity | None:
-    """What the objective compares of the teacher. None: nothing. Errors: ConfigError for maps that are measured."""
-    found = _compared(config, sources=sources).values()
+def _tap_identity(
+    configs: Sequence[RunConfig], *, precision: Literal["bf16", "fp32"], sources: Sources
+) -> TapIdentity | None:
+    """What the objectives compare of the teacher. None: nothing. Errors: ConfigError for maps that are measured."""
+    found = [request for config in configs for request in _compared(config, sources=sources).values()]
     hidden, attention = ({layer for r in found for layer in getattr(r, kind)} for kind in ("hidden", "attention"))
     if not hidden and not attention:
         return None
@@ -101,8 +109,10 @@ def _tap_identity(config: RunConfig, *, precision: Literal["bf16", "fp32"], sour
 
 
 def _compared(config: RunConfig, *, sources: Sources) -> dict[str, TapRequest]:
+    shapes = {"teacher": sources.teacher.config, "student": sources.student_config}
     return compared_layers(
         config,
+        kept=planned_layers(config, **shapes),
         student_depth=sources.student_config.num_hidden_layers,
         teacher_depth=sources.teacher.config.num_hidden_layers,
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ from largekd.data.collate import collate
 from largekd.data.packing import one_per_row, pack
 from largekd.data.store import SampleStore
 from largekd.engine.frozen import FrozenEngine
-from largekd.errors import TeacherError
+from largekd.errors import ConfigError, TeacherError
 from largekd.models.decoder import Decoder
 from largekd.models.taps import depth, hidden_width
 from largekd.runtime.files import fsync_path, temporary_sibling
@@ -42,6 +43,9 @@ logger = logging.getLogger(__name__)
 
 Rows = dict[str, torch.Tensor]
 
+# Of a rank's free memory; joining one tensor's samples needs that tensor twice.
+_SHARE = 0.4
+
 
 @dataclass(frozen=True)
 class ShardWriter:
@@ -63,6 +67,12 @@ class ShardWriter:
         size, world = self.identity.shard_samples, self.ranks.world_size
         count = -(-len(samples) // size)
         missing = [number for number in range(count) if number not in shards]
+        with Together():
+            check_memory(
+                max((self._bytes(samples, number=number) for number in missing), default=0),
+                free=psutil.virtual_memory().available // self.ranks.local_world_size,
+                shard_samples=size,
+            )
         for start in range(0, len(missing), world):
             if not all_agree(not stop.requested):
                 return False
@@ -79,6 +89,11 @@ class ShardWriter:
             if self.ranks.is_main:
                 logger.info("data.%s: %d of %d shards", origin, len(shards), count)
         return True
+
+    def _bytes(self, samples: SampleStore, *, number: int) -> int:
+        """What a shard takes in host memory, as if every position had a label."""
+        positions = int(samples.lengths[self._ids(samples, number=number)].sum())
+        return positions * (self.codec.token_bytes + (0 if self.taps is None else self.taps.position_bytes))
 
     def _ids(self, samples: SampleStore, *, number: int) -> NDArray[np.int64]:
         size = self.identity.shard_samples
@@ -160,19 +175,20 @@ class ShardWriter:
     def _request(self) -> TapRequest:
         return TapRequest() if self.taps is None else self.taps.request
 
-    def _write(
-        self, rows: Mapping[int, Mapping[str, torch.Tensor]], *, samples: SampleStore, origin: Origin, number: int
-    ) -> ShardRecord:
+    def _write(self, rows: Mapping[int, Rows], *, samples: SampleStore, origin: Origin, number: int) -> ShardRecord:
         ordered = [rows[sample] for sample in self._ids(samples, number=number).tolist()]
         captured = () if self.taps is None else tuple(self.taps.shapes)
-        tensors = {name: torch.cat([own[name] for own in ordered]) for name in (*self.codec.shapes, *captured)}
+        offsets = _offsets(ordered, name=next(iter(self.codec.shapes)))
+        position_offsets = _offsets(ordered, name=captured[0]) if captured else None
+        # Taken out one tensor after another: the shard never exists twice.
+        tensors = {name: torch.cat([own.pop(name) for own in ordered]) for name in (*self.codec.shapes, *captured)}
         return write_shard(
             shard_path(self.folder, origin=origin, number=number),
             tensors=tensors,
-            offsets=_offsets(ordered, name=next(iter(self.codec.shapes))),
+            offsets=offsets,
             rank=self.ranks.rank,
             number=number,
-            position_offsets=_offsets(ordered, name=captured[0]) if captured else None,
+            position_offsets=position_offsets,
         )
 
     def stored_layers(self, samples: SampleStore) -> StoredLayers | None:
@@ -226,7 +242,18 @@ def _on_host(rows: Rows) -> Rows:
     return {name: tensor.cpu() for name, tensor in rows.items()}
 
 
-def _offsets(ordered: list[Mapping[str, torch.Tensor]], *, name: str) -> NDArray[np.int64]:
+def check_memory(needed: int, *, free: int, shard_samples: int) -> None:
+    """Errors: ConfigError where a rank's largest shard, `needed` bytes, would take too much of its `free` memory."""
+    limit = int(free * _SHARE)
+    if needed > limit:
+        raise ConfigError(
+            f"cache.shard_samples = {shard_samples}: the largest shard takes {needed / 1e9:.3g} GB of host memory "
+            f"before it is written, and a rank may use {limit / 1e9:.3g} GB of what is free; about "
+            f"{max(1, shard_samples * limit // needed)} would fit."
+        )
+
+
+def _offsets(ordered: list[Rows], *, name: str) -> NDArray[np.int64]:
     """Where each sample's rows of a tensor begin, and the end."""
     return np.concatenate(([0], np.cumsum([len(own[name]) for own in ordered]))).astype(np.int64)
 

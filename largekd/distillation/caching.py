@@ -7,7 +7,7 @@ ranks in turn; a rank that runs out sends empty rows through the teacher, whose 
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from largekd.config.cache import CacheConfig
 from largekd.config.placement import read_placements
 from largekd.config.render import render_config
 from largekd.config.run import RunConfig
+from largekd.config.staging import stages_to_cache
 from largekd.config.teacher import OnlineTeacherConfig
 from largekd.contracts import Origin, TapRequest
 from largekd.distillation.cache_binding import codec_of, differences, identity_of
@@ -66,9 +67,11 @@ _TEACHER_FILES = ("config.json", "generation_config.json", "vocab.json", "merges
 _TEACHER_PATTERNS = ("*token*.json", "*.model", "*.jinja")
 
 
-def cache_teacher(config: RunConfig) -> str | None:
+def cache_teacher(config: RunConfig, *, stage: str | None = None) -> str | None:
     """Make, or go on with, the cache at `config.cache.path`; returns its digest, None when it was told to stop.
 
+    stage: of a run in stages, whose teacher and rows (None: the first's). The cache holds the layers that any stage
+    with these rows compares.
     A collective call on every rank of the job. Errors: LargeKDError for everything that the user can mend.
     """
     with process_group(timeout_s=config.train.collective_timeout_s):
@@ -76,11 +79,14 @@ def cache_teacher(config: RunConfig) -> str | None:
         configure_logging(level=config.log.level, rank=ranks.rank)
         forget_failure(ranks=ranks)
         try:
+            config, *others = (served.config for served in stages_to_cache(config, name=stage))
             cache, teacher = _what_to_cache(config)
             folder = Path(cache.path).expanduser().absolute()
             with run_lock(folder, ranks=ranks, key="cache.path"), StopSignal() as stop:
                 require_same(render_config(config), what="configuration", key="--config and its overrides")
-                digest = _run(config, cache=cache, teacher=teacher, folder=folder, ranks=ranks, stop=stop)
+                digest = _run(
+                    config, others=others, cache=cache, teacher=teacher, folder=folder, ranks=ranks, stop=stop
+                )
         except LargeKDError as error:
             error.only_here = not main_failed_too(ranks=ranks)
             raise
@@ -109,6 +115,7 @@ def _what_to_cache(config: RunConfig) -> tuple[CacheConfig, OnlineTeacherConfig]
 def _run(
     config: RunConfig,
     *,
+    others: Sequence[RunConfig],
     cache: CacheConfig,
     teacher: OnlineTeacherConfig,
     folder: Path,
@@ -124,7 +131,14 @@ def _run(
     sources = find_sources(config, first=first)
     data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first)
     identity = identity_of(
-        config, cache=cache, teacher=teacher, sources=sources, samples=data.samples, ranks=ranks, group=control
+        config,
+        others=others,
+        cache=cache,
+        teacher=teacher,
+        sources=sources,
+        samples=data.samples,
+        ranks=ranks,
+        group=control,
     )
     with Together(group=control):
         if ranks.is_main:

@@ -1,5 +1,6 @@
 """What the teacher does on some text, for the rules of initialisation that look at it."""
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,12 @@ class Calibration:
     def loads(self) -> Mapping[int, LayerLoads]:
         """How much the teacher's routers use each expert, by layer. A collective call."""
         return measure_loads(self._teacher, batches=self._batches())
+
+    def release(self) -> None:
+        """Let a teacher go that was loaded to be measured alone: the student is filled in its place."""
+        # A sharded model is full of cycles: until they are collected its shards stay.
+        if self.__dict__.pop("_decoder", None) is not None and self._given is None:
+            gc.collect()
 
     def _batches(self) -> Iterator[Batch]:
         assert self.config.student.initialise is not None

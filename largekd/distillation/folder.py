@@ -11,8 +11,10 @@ from typing import Any
 import torch
 
 from largekd.config.load import load_config
+from largekd.config.problems import shown
 from largekd.config.render import MAY_DIFFER, config_differences, render_config
 from largekd.config.run import RunConfig
+from largekd.config.staging import stages_of
 from largekd.errors import ConfigError, LargeKDError
 from largekd.monitoring.summary import SUMMARY_FILE
 from largekd.planner.report import plan_record
@@ -76,8 +78,11 @@ def mark_done(folder: Path, *, step: int, config: RunConfig, ranks: Ranks) -> No
         write_json(folder / DONE_FILE, value={"step": step, "length": _length(config)})
 
 
-def _length(config: RunConfig) -> dict[str, int | None]:
-    return {"max_steps": config.train.max_steps, "max_epochs": config.train.max_epochs}
+def _length(config: RunConfig) -> dict[str, Any]:
+    length: dict[str, Any] = {"max_steps": config.train.max_steps, "max_epochs": config.train.max_epochs}
+    if config.stages:
+        length["stages"] = [[stage.steps, stage.tokens, stage.epochs] for stage in config.stages]
+    return length
 
 
 def move_aside(folder: Path, *, key: str) -> None:
@@ -105,15 +110,33 @@ def _check_same_run(folder: Path, *, config: RunConfig) -> None:
             f"{path} is not a configuration that this version reads ({error}). "
             "Choose another run.dir, or run.fresh=true to move that run aside."
         ) from error
-    differences = config_differences(earlier, config, may_differ=(*MAY_DIFFER, *_LENGTH))
+    differences = _differences(earlier, config)
     if differences:
         listed = "\n  ".join(differences)
         raise ConfigError(
             f"run.dir = {str(folder)!r} holds a run with another configuration (old -> new):\n  {listed}\n"
             "Restore these keys to go on with it, choose another run.dir, or run.fresh=true to move it aside."
         )
-    if earlier.train.max_steps != config.train.max_steps or earlier.train.max_epochs != config.train.max_epochs:
+    if _length(earlier) != _length(config):
         logger.warning("the run's length changed: the learning-rate schedule now ends at the new last step")
+
+
+def _differences(earlier: RunConfig, config: RunConfig) -> list[str]:
+    """What keeps a run from going on with another configuration: of stages, what differs once they are merged."""
+    before, after = stages_of(earlier), stages_of(config)
+    names = [stage.name for stage in before], [stage.name for stage in after]
+    if names[0] != names[1]:
+        return [f"stages: {', '.join(names[0])} -> {', '.join(names[1])}"]
+    found: dict[str, list[str]] = {}
+    for old, new in zip(before, after, strict=True):
+        # Only what comes last can become longer or shorter: all the rest has its place in the run.
+        free = (*MAY_DIFFER, *_LENGTH) if new is after[-1] else MAY_DIFFER
+        lines = [*config_differences(old.config, new.config, may_differ=free)]
+        if old.keep_optimizer != new.keep_optimizer:
+            lines.append(f"keep_optimizer: {shown(old.keep_optimizer)} -> {shown(new.keep_optimizer)}")
+        for line in lines:
+            found.setdefault(line, []).append(new.name)
+    return [line if len(where) == len(after) else f"stage {', '.join(where)}: {line}" for line, where in found.items()]
 
 
 def _environment(ranks: Ranks) -> dict[str, Any]:

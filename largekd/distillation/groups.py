@@ -10,7 +10,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from largekd.config.run import RunConfig
+from largekd.distillation.phases import Phase
 from largekd.errors import ConfigError
+from largekd.models.build import layers_path
+from largekd.models.frozen_layers import check_freezable, freeze_layers
 from largekd.models.lora import parameter_names, require_peft
 from largekd.optim.depth import depth_factors
 from largekd.optim.groups import ParameterGroup, check_claims
@@ -43,6 +46,33 @@ def check_parameters(config: RunConfig, *, model_config: PretrainedConfig) -> No
     depth_factors(names, decay=optim.layer_decay)
 
 
+def check_phases(phases: Sequence[Phase], *, model_config: PretrainedConfig) -> None:
+    """Hold what freezing, groups and adapters leave of the student against every phase, before any weight is read.
+
+    Errors: ConfigError for a phase in which nothing of the student would learn.
+    """
+    for phase in phases:
+        frozen, config = phase.frozen, phase.config
+        if frozen is None:
+            continue
+        model = _without_weights(config, model_config=model_config)
+        names = parameter_names(model, config=config.student.lora)
+        owners = check_claims(names, config=config.optim, more_later=True)
+        still = {group.name for group in config.optim.groups if group.lr_multiplier == 0}
+        freeze_layers(model, frozen=frozen)
+        path = layers_path(model)
+        layers = tuple(f"{path}.{index}." for index in frozen.layers)
+        held = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        if not any(
+            learns and owners[name] not in still and name not in held and not name.startswith(layers)
+            for name, learns in names.items()
+        ):
+            raise ConfigError(
+                f"freezing: nothing of the student would learn in {phase.name} ({frozen}), because the rest is frozen "
+                "by optim.groups or has no adapter of student.lora; change freezing.parts, freezing.order or those."
+            )
+
+
 def note_groups(
     groups: Sequence[ParameterGroup], *, config: RunConfig, folder: Path, ranks: Ranks, phase: int, first: bool
 ) -> None:
@@ -66,6 +96,12 @@ def note_groups(
                 )
         write_json(path, value={**noted, str(phase): records})
         logger.info("learning-rate groups:\n%s", describe_groups(groups, state_bytes=state_bytes))
+
+
+def check_frozen(config: RunConfig, *, model_config: PretrainedConfig) -> None:
+    """Errors: ConfigError for `freezing` of a student whose layers cannot be told apart, before any weight is read."""
+    if config.freezing is not None:
+        check_freezable(_without_weights(config, model_config=model_config), key="freezing")
 
 
 def _without_weights(config: RunConfig, *, model_config: PretrainedConfig) -> PreTrainedModel:

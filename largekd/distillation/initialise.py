@@ -13,26 +13,21 @@ from largekd.errors import ConfigError
 from largekd.initialisation.axes import StudentMaps
 from largekd.initialisation.derive import Derivation, Prepare, as_stored, derivations, rule_of_names
 from largekd.initialisation.expert_maps import LayerLoads
-from largekd.initialisation.expert_shapes import check_experts, mapped_sizes, needs_loads, same_family
-from largekd.initialisation.experts import expert_derivations
+from largekd.initialisation.expert_shapes import check_experts, has_experts, mapped_sizes, needs_loads, same_family
+from largekd.initialisation.experts import corresponding_experts, expert_derivations
 from largekd.initialisation.fill import fill_from
-from largekd.initialisation.importance import importance_maps
-from largekd.initialisation.influence import influential_layers
-from largekd.initialisation.layers import LAYER_RULES, check_depth
-from largekd.initialisation.report import REPORT_FILE, InitialisationReport
-from largekd.initialisation.rotation import check_rotatable, fold_norms, rotated_ends, rotated_maps
+from largekd.initialisation.importance import check_importance, importance_maps
+from largekd.initialisation.kinds import check_agreement, choose_layers, drops_head
+from largekd.initialisation.report import InitialisationReport, shape_of
+from largekd.initialisation.rotation import check_positions, check_rotatable, fold_norms, rotated_ends, rotated_maps
 from largekd.initialisation.sizes import Sizes, sizes_of
 from largekd.initialisation.statistics import Statistics
-from largekd.initialisation.width import check_sizes, plain_maps
+from largekd.initialisation.width import check_neurons, check_sizes, plain_maps
 from largekd.models.build import skeleton
 from largekd.models.source import ModelFolder
-from largekd.runtime.files import write_json
 from largekd.runtime.ranks import Ranks, Together
 
 logger = logging.getLogger(__name__)
-
-# What weights are made for: with another value the same numbers are another function.
-_MUST_AGREE = ("hidden_act", "hidden_activation", "partial_rotary_factor", "use_parallel_residual")
 
 
 @dataclass(frozen=True)
@@ -84,6 +79,7 @@ def _pca(request: Request) -> Plan:
     """Neurons and heads by importance, hidden units by rotation, which changes all that touches the stream."""
     assert request.statistics is not None
     assert request.statistics.moment_DD is not None
+    check_positions(request.statistics.positions, width=request.student.width)
     maps = rotated_maps(
         _important(request, width=False), moment_DD=request.statistics.moment_DD, width=request.student.width
     )
@@ -108,7 +104,7 @@ RULES: Mapping[str, Callable[[Request], Plan]] = {
 
 
 class Measures(Protocol):
-    """What rules can ask of the teacher; both are collective calls."""
+    """What rules can ask of the teacher; the first two are collective calls."""
 
     def statistics(self, *, moment: bool) -> Statistics:
         """The teacher's activations; `moment`: the second moment of its stream among them."""
@@ -116,6 +112,10 @@ class Measures(Protocol):
 
     def loads(self) -> Mapping[int, LayerLoads]:
         """How much the teacher's routers use each expert, by layer."""
+        ...
+
+    def release(self) -> None:
+        """Free what was loaded for measuring: nothing is asked any more."""
         ...
 
 
@@ -136,23 +136,21 @@ def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, stu
             f"student.initialise: a {student.model_type!r} student cannot be made of a {teacher.model_type!r} teacher; "
             f"set model_type of student.config to {teacher.model_type!r} or remove student.initialise."
         )
-    for name in _MUST_AGREE:
-        theirs, ours = getattr(teacher, name, None), getattr(student, name, None)
-        if theirs != ours:
-            raise ConfigError(
-                f"student.initialise: student.config has {name} = {ours!r} and the teacher {theirs!r}; the teacher's "
-                "weights mean another function with it. Use the teacher's value."
-            )
-    if _rope(teacher) != _rope(student):
-        raise ConfigError(
-            "student.initialise: student.config turns positions otherwise than the teacher (rope_parameters "
-            f"{_rope(student)}, the teacher's {_rope(teacher)}); use the teacher's values."
-        )
+    check_agreement(teacher=teacher, student=student)
     if config.width == "pca":
         check_rotatable(student)
     check_experts(config.experts, teacher=teacher, student=student)
-    check_sizes(teacher=sizes_of(teacher), student=mapped_sizes(config.experts, teacher=teacher, student=student))
-    check_depth(student.num_hidden_layers, depth=teacher.num_hidden_layers, chosen=config.layers)
+    layers = choose_layers(config.layers, teacher=teacher, student=student)
+    shapes = {
+        "teacher": sizes_of(teacher),
+        "student": mapped_sizes(config.experts, teacher=teacher, student=student, layers=layers),
+    }
+    check_sizes(**shapes)
+    if config.layers != "block_influence":
+        check_neurons(**shapes, layers=layers)
+    if config.width in ("importance", "pca"):
+        experts = [has_experts(teacher, layer=layer) for layer in range(teacher.num_hidden_layers)]
+        check_importance(**shapes, layers=layers, experts=experts)
 
 
 def initialise_student(
@@ -172,21 +170,24 @@ def initialise_student(
     statistics = None
     if needs_statistics(config):
         statistics = measures.statistics(moment=config.width == "pca")
-    layers = _layers(
-        config,
-        count=model.config.num_hidden_layers,
-        depth=teacher.config.num_hidden_layers,
-        statistics=statistics,
+    layers = choose_layers(
+        config.layers,
+        teacher=teacher.config,
+        student=model.config,
+        influence_N=None if statistics is None else statistics.influence_N,
     )
     request = Request(
         config=config,
         model=model,
         teacher_config=teacher.config,
         teacher=sizes_of(teacher.config),
-        student=mapped_sizes(config.experts, teacher=teacher.config, student=model.config),
+        student=mapped_sizes(config.experts, teacher=teacher.config, student=model.config, layers=layers),
         layers=layers,
         statistics=statistics,
     )
+    watched = needs_loads(config.experts, teacher=teacher.config, student=model.config)
+    loads = measures.loads() if watched else {}
+    measures.release()
     plan = RULES[config.width](request)
     made = derivations(
         model,
@@ -194,36 +195,43 @@ def initialise_student(
         teacher_config=teacher.config,
         seed=seed,
         prepare=plan.prepare,
-        given={**plan.given, **_experts(request, plan=plan, measures=measures, seed=seed)},
+        given={**plan.given, **_experts(request, plan=plan, loads=loads, seed=seed)},
     )
     report = fill_from(
         model, derivations=made, folder=teacher.path, rank=ranks.rank, seed=seed, teacher=_names(model, teacher)
     )
     report = replace(
         report,
+        expert_map=corresponding_experts(
+            config.experts, teacher_config=teacher.config, student_config=model.config, layers=layers, loads=loads
+        ),
         plan={
             "teacher": str(teacher.path),
+            "teacher_shape": shape_of(teacher.config),
             "layers": list(layers),
             "gains": dict(plan.maps.gains),
             **config.model_dump(mode="json", exclude={"layers"}),
         },
     )
     if ranks.is_main:
+        if drops_head(teacher=teacher.config, student=model.config):
+            logger.warning(
+                "student.initialise: the student's head is its embedding, and the head that the teacher trained apart "
+                "is dropped; set tie_word_embeddings (student.design.tied) to false to keep it"
+            )
         logger.info("student: %s", report.in_words())
     return report
 
 
-def _experts(request: Request, *, plan: Plan, measures: Measures, seed: int) -> dict[str, Derivation]:
+def _experts(request: Request, *, plan: Plan, loads: Mapping[int, LayerLoads], seed: int) -> dict[str, Derivation]:
     """The MLPs of layers in which teacher and student differ in their experts."""
-    config, teacher, student = request.config.experts, request.teacher_config, request.model.config
-    watched = needs_loads(config, teacher=teacher, student=student)
     return expert_derivations(
         request.model,
-        config=config,
-        teacher_config=teacher,
+        config=request.config.experts,
+        teacher_config=request.teacher_config,
         layers=request.layers,
-        rule=rule_of_names(request.model, maps=plan.maps, teacher_config=teacher, prepare=plan.prepare),
-        loads=measures.loads() if watched else {},
+        rule=rule_of_names(request.model, maps=plan.maps, teacher_config=request.teacher_config, prepare=plan.prepare),
+        loads=loads,
         seed=seed,
     )
 
@@ -236,22 +244,8 @@ def _names(model: PreTrainedModel, teacher: ModelFolder) -> PreTrainedModel | No
 
 
 def write_report(report: InitialisationReport, *, folder: Path, ranks: Ranks) -> None:
-    """initialisation.json in a run's folder. A collective call."""
+    """initialisation.json, and expert_map.json where experts were chosen or merged, in a run's folder. A collective
+    call."""
     with Together():
         if ranks.is_main:
-            write_json(folder / REPORT_FILE, value=report.as_mapping())
-
-
-def _layers(config: InitialiseConfig, *, count: int, depth: int, statistics: Statistics | None) -> tuple[int, ...]:
-    """The teacher's layer of each of the student's."""
-    if not isinstance(config.layers, str):
-        return config.layers
-    if config.layers == "block_influence":
-        assert statistics is not None
-        return influential_layers(statistics.influence_N, keep=count)
-    return LAYER_RULES[config.layers](count, depth=depth)
-
-
-def _rope(config: PretrainedConfig) -> dict[str, object]:
-    found = getattr(config, "rope_parameters", None) or {}
-    return {key: value for key, value in found.items() if value is not None}
+            report.write(folder)

@@ -33,7 +33,9 @@ class LayerDrop:
         )
 
 
-def build_layer_drop(config: RunConfig, *, student: Decoder, alignment: Alignment | None) -> LayerDrop | None:
+def build_layer_drop(
+    config: RunConfig, *, student: Decoder, alignment: Alignment | None, seed: int
+) -> LayerDrop | None:
     """None where no layer is ever left out. Layers whose attention is compared never are.
 
     Errors: ConfigError for layers that do not exist or leave none to drop, and for a family that no test has seen.
@@ -44,7 +46,7 @@ def build_layer_drop(config: RunConfig, *, student: Decoder, alignment: Alignmen
     depth = student.model.config.num_hidden_layers
     attended = frozenset[int]() if alignment is None else alignment.attended
     always = always_kept(config.student.layer_drop.protect, depth=depth, needed=attended)
-    return LayerDrop(config.student.layer_drop, depth=depth, always=always, seed=config.train.seed)
+    return LayerDrop(config.student.layer_drop, depth=depth, always=always, seed=seed)
 
 
 def reduced_depths(config: RunConfig, *, student: Decoder) -> dict[int, tuple[int, ...]]:

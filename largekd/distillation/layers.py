@@ -44,12 +44,14 @@ def find_pairs(
     rows: Callable[[int], Iterator[Batch]],
     folder: Path,
     ranks: Ranks,
+    kept: Sequence[int] | None = None,
     resumed: bool = False,
 ) -> dict[str, tuple[LayerPair, ...]]:
     """The pairs of each alignment term by its name, written to `folder` and logged. A collective call.
 
     teacher: its layers, or what a cache holds of them.
-    rows: this rank's micro-batches of the first so many training rows, as adaptive maps look at. `resumed`: the student
+    rows: this rank's micro-batches of the first so many training rows, as adaptive maps look at. kept: the teacher's
+    layer that each of the student's was made of. `resumed`: the student
     has learnt since the run's first start, and what was measured then is read again.
     Errors: ConfigError for layers that do not exist; TeacherError for those that a cache does not hold.
     """
@@ -61,7 +63,6 @@ def find_pairs(
             f"objective.features, objective.attention: a teacher of kind {config.teacher.kind!r} has no layers in this "
             "job to compare with; use teacher.kind online or take these terms out."
         )
-    kept = _kept(config)
     if config.teacher.kind == "self_shared":
         kept = tuple(range(depth(student.model)))
     measured = _earlier(folder / LAYERS_FILE) if resumed else {}
@@ -112,9 +113,12 @@ def _write(pairs: Mapping[str, tuple[LayerPair, ...]], *, folder: Path, ranks: R
                 )
 
 
-def compared_layers(config: RunConfig, *, student_depth: int, teacher_depth: int) -> dict[str, TapRequest]:
+def compared_layers(
+    config: RunConfig, *, student_depth: int, teacher_depth: int, kept: Sequence[int] | None
+) -> dict[str, TapRequest]:
     """What each alignment term compares of the teacher, by the term's key, where the depths alone decide it.
 
+    kept: the teacher's layer that each of the student's is made of.
     Errors: ConfigError for layers that do not exist, and for maps that are measured.
     """
     objective = config.objective
@@ -124,15 +128,9 @@ def compared_layers(config: RunConfig, *, student_depth: int, teacher_depth: int
     for key, entry in _entries(features, attention):
         if isinstance(entry.layers, AdaptiveLayersConfig):
             raise _not_stored(key)
-        pairs = pair_layers(
-            entry.layers, student_depth=student_depth, teacher_depth=teacher_depth, kept=_kept(config), key=key
-        )
+        pairs = pair_layers(entry.layers, student_depth=student_depth, teacher_depth=teacher_depth, kept=kept, key=key)
         found[key] = _asked(entry, pairs=pairs, side="teacher")
     return found
-
-
-def _kept(config: RunConfig) -> tuple[int, ...] | None:
-    return config.student.teacher_layers
 
 
 def _asked(entry: FeatureConfig | AttentionConfig, *, pairs: Sequence[LayerPair], side: str) -> TapRequest:

@@ -155,7 +155,7 @@ def evaluate_now(session: Session) -> dict[str, float] | None:
 
 
 def _setting(session: Session, *, step: int, max_steps: int) -> StepSetting:
-    parts, drop, seed = session.parts, session.parts.layer_drop, session.parts.config.train.seed
+    parts, drop, seed = session.parts, session.parts.layer_drop, session.parts.seed
     return StepSetting.at(
         parts.objective,
         step=step,
@@ -242,7 +242,9 @@ def _report(session: Session, *, window: Window, progress: Progress, result: Ste
     for summand, factor in zip(parts.objective.summands, setting.factors, strict=True):
         values[f"schedule/factor/{summand.name}"] = factor
     if parts.layer_drop is not None:
-        values["schedule/layer_drop"] = parts.layer_drop.rate(step=step - 1, max_steps=progress.max_steps)
+        values["schedule/layer_drop"] = parts.layer_drop.rate(
+            step=progress.stage_step - 1, max_steps=progress.stage_length
+        )
     values |= {} if parts.router_loads is None else parts.router_loads.figures()
     if progress.phase or progress.last < progress.max_steps:
         values |= {"stage/index": float(progress.stage), "stage/phase": float(progress.phase)}

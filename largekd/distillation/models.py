@@ -56,9 +56,10 @@ class Sources:
         return (self.student or self.teacher).path
 
 
-def find_sources(config: RunConfig, *, first: First) -> Sources:
+def find_sources(config: RunConfig, *, first: First, begins: bool = True) -> Sources:
     """Locate both models and check that they can be distilled into each other.
 
+    begins: the student gets its first weights, and does not come from a stage before.
     Errors: ConfigError for a model that is absent or shorter than train.sequence_length; TeacherError or DataError
     when their token ids do not mean the same tokens.
     """
@@ -88,7 +89,7 @@ def find_sources(config: RunConfig, *, first: First) -> Sources:
     else:
         assert config.student.teacher_layers is not None
         student_config = config_with_layers(teacher.config, layers=config.student.teacher_layers)
-    if config.student.initialise is not None:
+    if config.student.initialise is not None and begins:
         check_initialise(config.student.initialise, teacher=teacher.config, student=student_config)
     teacher_tokenizer = tokenizer
     if student is not None:
@@ -199,7 +200,8 @@ def build_student(
                 measures=measures,
             )
         )
-    elif config.student.teacher_layers is None:
+    elif config.student.teacher_layers is None or resumed:
+        # Of a later stage's teacher the weights may not be here.
         initialise_randomly(model, seed=config.train.seed, rank=ranks.rank)
     else:
         assert config.student.teacher_layers is not None

@@ -6,6 +6,7 @@ from typing import Any
 
 from largekd.checkpoint.export import write_export
 from largekd.config.run import RunConfig
+from largekd.config.staging import same_held_out, stages_of
 from largekd.distillation.builder import Parts
 from largekd.distillation.journal import Journal
 from largekd.models.build import DTYPES, config_with_layers
@@ -79,6 +80,15 @@ def write_summary(
 ) -> dict[str, Any]:
     """Write summary.json and return it. A collective call."""
     progress, after = journal.progress, journal.evaluations.get("after")
+    before = _student_figures(journal.evaluations.get("before"), depth=config.export.depth)
+    stages = stages_of(config)
+    first, last = stages[0].config, stages[-1].config
+    note = None
+    if before is not None and not same_held_out(first, last):
+        before, note = None, "the first stage was evaluated on other tokens than the last; see evaluation.jsonl"
+    elif before is not None and first.teacher != last.teacher:
+        # A distance to another teacher.
+        before = EvalFigures(perplexity=before.perplexity)
     summary = RunSummary(
         steps=progress.step,
         tokens=progress.tokens,
@@ -86,8 +96,9 @@ def write_summary(
         wall_s=journal.wall_s,
         tokens_per_s=progress.tokens / progress.train_s if progress.train_s else 0.0,
         peak_rss_bytes=gather_objects(process_memory().peak_rss_bytes),
-        before=_student_figures(journal.evaluations.get("before"), depth=config.export.depth),
+        before=before,
         after=_student_figures(after, depth=config.export.depth),
+        note=note,
         teacher=EvalFigures(perplexity=after["teacher_perplexity"]) if after else None,
         export_dir=str(export_dir),
         tensorboard_dir=str(folder / TENSORBOARD_FOLDER) if config.log.tensorboard else None,

@@ -50,15 +50,16 @@ class Phase:
         return not self.begins_stage or self.stage.keep_optimizer
 
     def enter(self, progress: Progress, *, total: int) -> Progress:
-        """The progress with this phase's place in the run.
+        """The progress with this phase's place in the run. The last phase of a run that was shortened may be over.
 
         Errors: CheckpointError for a step that is not in this phase.
         """
-        if not self.first <= progress.step <= self.end:
+        is_over = self.end == total and progress.step > total
+        if not (self.first <= progress.step <= self.end or is_over):
             raise CheckpointError(
                 f"the checkpoint of step {progress.step} belongs to phase {self.index} ({self.name}), which now has "
-                f"the steps {self.first} to {self.end}: the length of a run with freezing may not change on resume. "
-                "Restore train.max_steps and train.max_epochs, or set run.fresh=true."
+                f"the steps {self.first} to {self.end}: a phase that is followed by another one may not change its "
+                "length on resume. Restore train.max_steps, train.max_epochs and the stages, or set run.fresh=true."
             )
         return replace(
             progress,

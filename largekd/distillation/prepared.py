@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -11,7 +12,7 @@ from largekd.config.placement import Placements, read_placements
 from largekd.config.run import RunConfig
 from largekd.distillation.cache_binding import check_teacher_data
 from largekd.distillation.data import RunData, build_data
-from largekd.distillation.groups import check_parameters
+from largekd.distillation.groups import check_frozen, check_parameters
 from largekd.distillation.models import Sources, find_sources
 from largekd.distillation.self_shared import check_shared, shared_objective
 from largekd.distillation.teachers import TeacherModel
@@ -26,7 +27,7 @@ from largekd.teachers.protocol import Teacher
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a stage is built from, checked and read before any weight is touched."""
+    """What a stage is built from, checked and read before any weight is touched; `seed` is that of its draws."""
 
     config: RunConfig
     ranks: Ranks
@@ -35,16 +36,21 @@ class Prepared:
     objective: Objective
     sources: Sources
     data: RunData
+    seed: int
 
 
 @dataclass(frozen=True)
 class Inherited:
-    """What a phase takes over from the one before: the student, what its weights carry, and a teacher that stays."""
+    """What a phase takes over from the one before: the student, what its weights carry, and a teacher that stays.
+
+    gathered: within a stage, the states of `Parts.stateful` by name.
+    """
 
     student: Decoder
     carried: Mapping[str, Carried]
     teacher: Teacher | None = None
     teacher_model: TeacherModel | None = None
+    gathered: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,10 +80,12 @@ def prepare(
     ranks: Ranks,
     folder: Path,
     control: dist.ProcessGroup | None = None,
-    row_seed: int | None = None,
+    seed: int | None = None,
+    begins: bool = True,
 ) -> Prepared:
     """Check a stage and read its data, cheapest first. A collective call; `control` is for what may take long.
 
+    seed: decides the order of rows and all draws; None: train.seed. begins: no stage comes before.
     Errors: any LargeKDError; the message names the key to change.
     """
     accumulation = check_world(config, world_size=ranks.world_size)
@@ -87,11 +95,13 @@ def prepare(
     def first() -> MainFirst:
         return MainFirst(ranks=ranks, group=control)
 
-    sources = find_sources(config, first=first)
+    sources = find_sources(config, first=first, begins=begins)
+    seed = config.train.seed if seed is None else seed
     check_parameters(config, model_config=sources.student_config)
+    check_frozen(config, model_config=sources.student_config)
     if config.teacher.kind == "self_shared":
         check_shared(config, model_config=sources.student_config)
         objective = shared_objective(objective)
-    data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first, row_seed=row_seed)
+    data = build_data(config, sources=sources, ranks=ranks, folder=folder, first=first, row_seed=seed)
     check_teacher_data(config, sources=sources, samples=data.samples)
-    return Prepared(config, ranks, accumulation, placements, objective, sources, data)
+    return Prepared(config, ranks, accumulation, placements, objective, sources, data, seed)

@@ -160,7 +160,7 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
             _stopped(session(), journal=journal)
             return None
         while True:
-            if not _run_phase(session(), journal=journal, save=save):
+            if not _run_phase(session(), journal=journal, save=save, watched=len(phases) > 1):
                 _stopped(session(), journal=journal)
                 return None
             if here.phase.index + 1 == len(phases):
@@ -215,13 +215,19 @@ class _Here:
             self._parts.close()
 
 
-def _run_phase(session: Session, *, journal: Journal, save: Callable[[], None]) -> bool:
-    """Train to the phase's end and save; False where the ranks agreed to stop."""
+def _run_phase(session: Session, *, journal: Journal, save: Callable[[], None], watched: bool) -> bool:
+    """Train to the phase's end and save; False where the ranks agreed to stop.
+
+    watched: whether what is frozen is compared before and after. Only what was thawed once could move, so that a run of
+    one phase need not read its frozen weights, which may be on NVMe.
+    """
     parts = session.parts
-    before = frozen_digest(parts.named_trainables())
+    before = frozen_digest(parts.named_trainables()) if watched else None
     if not run_steps(session, steps=_steps(session, journal=journal), journal=journal, save=save):
         return False
-    assert frozen_digest(parts.named_trainables()) == before, "a frozen parameter has changed"
+    same = before is None or frozen_digest(parts.named_trainables()) == before
+    # A rank that raised alone would leave the others waiting.
+    assert all_agree(same), "a frozen parameter has changed"
     save()
     done = journal.progress.step >= journal.progress.max_steps
     return done or all_agree(not session.stop.requested)
@@ -238,7 +244,7 @@ def _check_resumable(parts: Parts, *, checkpoint: Path) -> None:
 def _steps(session: Session, *, journal: Journal) -> Iterator[Sequence[Batch]]:
     """The loader's steps from here on, with rows replaced by rollouts where the run writes some."""
     parts, allowed_s = session.parts, _SLOW * session.parts.config.train.collective_timeout_s
-    steps: Iterator[Sequence[Batch]] = islice(parts.loader, journal.progress.last - journal.progress.step)
+    steps: Iterator[Sequence[Batch]] = islice(parts.loader, max(0, journal.progress.last - journal.progress.step))
     if parts.rollouts is None:
         return steps
     beat = functools.partial(session.watchdog.beat, "rollout", allowed_s=allowed_s)
@@ -264,13 +270,8 @@ def _owners(parts: Parts, *, journal: Journal, ranks: Ranks) -> dict[str, StateO
     }
     if parts.teacher.state is not None:
         owners["teacher"] = parts.teacher.state
-    if parts.rollouts is not None:
-        owners["rollouts"] = JsonOwner(get=parts.rollouts.state, put=parts.rollouts.restore, ranks=ranks)
-    if parts.router_loads is not None:
-        loads = parts.router_loads
-        owners["router"] = JsonOwner(get=loads.state, put=loads.restore, ranks=ranks)
-    if parts.selection is not None:
-        owners["selection"] = JsonOwner(get=parts.selection.state, put=parts.selection.restore, ranks=ranks)
+    for name, owner in parts.stateful.items():
+        owners[name] = JsonOwner(get=owner.state, put=owner.restore, ranks=ranks)
     return owners
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from largekd.config.freezing_checks import check_switchable
-from largekd.config.render import config_to_mapping
 from largekd.config.run import RunConfig
 from largekd.config.staging import Stage, keeps_teacher, stages_of
 from largekd.distillation.builder import Parts
+from largekd.distillation.groups import check_phases
 from largekd.distillation.phases import Phase, describe_phases, plan_phases
 from largekd.distillation.prepared import Inherited, Prepared, prepare
+from largekd.distillation.succession import check_succession
 from largekd.engine.carried import release, take
 from largekd.errors import CheckpointError, ConfigError
 from largekd.runtime.ranks import Ranks, Together
@@ -40,10 +41,13 @@ def prepare_stages(
         if ranks.is_main and len(stages) > 1:
             logger.info("stage %s: reading its data", stage.name)
         seed = row_seed(stage)
-        prepared.append(prepare(stage.config, ranks=ranks, folder=own, control=control, row_seed=seed))
+        begins = stage.index == 0
+        prepared.append(prepare(stage.config, ranks=ranks, folder=own, control=control, seed=seed, begins=begins))
+        check_succession(prepared[-1].sources, first=prepared[0].sources, stage=stage)
     depth = prepared[0].sources.student_config.num_hidden_layers
     phases = plan_phases(stages, steps=[made.data.loader.total_steps() for made in prepared], depth=depth)
     if len(phases) > 1:
+        check_phases(phases, model_config=prepared[0].sources.student_config)
         reason = check_switchable(prepared[0].placements.student)
         if reason is not None:
             raise ConfigError(f"student.deepspeed = {config.student.deepspeed!r}: {reason}.")
@@ -58,39 +62,34 @@ def stage_folder(folder: Path, *, stage: Stage, config: RunConfig) -> Path:
 
 
 def row_seed(stage: Stage) -> int:
-    """The seed of the stage's order of rows: the run's own in the first stage, another one in each that follows."""
+    """The seed of the stage's rows and draws: the run's own in the first stage, another one in each that follows."""
     return (stage.config.train.seed + stage.index * _SEED_STRIDE) % 2**32
 
 
 def hand_over(parts: Parts, *, to: Phase) -> Inherited:
     """End a phase and take from it what the next one inherits. A collective call.
 
-    The teacher goes on where the next phase has the same one; otherwise it is closed.
+    Within a stage the teacher, and what was gathered about tokens, experts and rollouts, go on. Into another stage the
+    teacher goes on where that has the same one; otherwise it is closed.
     """
     students = {id(parameter) for parameter in parts.student.parameters()}
     # A student's weight that did not learn is in the student already.
     named = [(n, p) for n, p in parts.named_trainables() if p.requires_grad or id(p) not in students]
     carried = take(named, moments=to.keep_optimizer)
     module = parts.engine.module
-    kept = keeps_teacher(parts.config, to.config) and not _teacher_depends_on_data(parts.config, to.config)
+    kept = not to.begins_stage or keeps_teacher(parts.config, to.config)
+    gathered = {} if to.begins_stage else {name: owner.state() for name, owner in parts.stateful.items()}
     parts.leave()
     if not kept:
         parts.teacher.close()
     release(module)
-    # Whoever still refers to the old module keeps neither its projectors nor its passes.
-    module._modules.clear()
     return Inherited(
         student=parts.student,
         carried=carried,
         teacher=parts.teacher if kept else None,
         teacher_model=parts.teacher_model if kept else None,
+        gathered=gathered,
     )
-
-
-def _teacher_depends_on_data(before: RunConfig, after: RunConfig) -> bool:
-    """A mixture that is routed by the records knows their columns."""
-    routed = before.teacher.kind == "mixture"
-    return routed and config_to_mapping(before)["data"] != config_to_mapping(after)["data"]
 
 
 def phase_of(phases: Sequence[Phase], *, index: int, checkpoint: Path | None) -> Phase:

@@ -1,5 +1,6 @@
 """The student of a run before its first step, as a plain Hugging Face folder."""
 
+import os
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,6 +10,7 @@ from largekd.config.checks import check_world
 from largekd.config.placement import read_placements
 from largekd.config.render import render_config
 from largekd.config.run import RunConfig
+from largekd.config.staging import stages_of
 from largekd.distillation.calibrate import Calibration
 from largekd.distillation.data import RunData, build_data
 from largekd.distillation.models import Sources, build_student, find_sources
@@ -18,9 +20,8 @@ from largekd.initialisation.report import REPORT_FILE, InitialisationReport
 from largekd.models.build import DTYPES
 from largekd.models.decoder import Decoder
 from largekd.models.export import save_extras, stream_tensors
-from largekd.runtime.files import write_json
 from largekd.runtime.logging import configure_logging, write_line
-from largekd.runtime.ranks import MainFirst, Ranks, current_ranks, require_same
+from largekd.runtime.ranks import MainFirst, Ranks, Together, current_ranks, require_same
 from largekd.sharding.cluster import process_group
 
 
@@ -40,10 +41,34 @@ def write_student(config: RunConfig, *, output: str) -> Path:
         ranks = current_ranks()
         configure_logging(level=config.log.level, rank=ranks.rank)
         require_same(f"{render_config(config)}\n{target}", what="configuration", key="--config, --output and overrides")
-        _write(config, target=target, ranks=ranks)
+        # Made before the first stage.
+        _write(stages_of(config)[0].config, target=target, ranks=ranks)
         if ranks.is_main:
             write_line(f"{target}: the student before training, and {REPORT_FILE}")
     return target
+
+
+def check_output(target: Path, *, sources: Sources) -> None:
+    """Whether the student's folder may be written: a new one, an empty one, or one that holds an earlier student.
+
+    Errors: ConfigError for a folder with anything else in it, one that is or holds a model that this job reads, and a
+    place where no folder can be made.
+    """
+    for source in (sources.teacher, *([] if sources.student is None else [sources.student]), *sources.members):
+        if source.path.resolve().is_relative_to(target.resolve()):
+            raise ConfigError(
+                f"--output = {target}: the model in {source.path} is read from there and would be deleted; name "
+                "another folder."
+            )
+    filled = os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir()))
+    if filled and not all((target / name).is_file() for name in (REPORT_FILE, "config.json")):
+        raise ConfigError(
+            f"--output = {target}: exists and is no student that was made here (it has no {REPORT_FILE} beside a "
+            "config.json); nothing else is replaced. Name a new folder, or remove this one."
+        )
+    parent = next(folder for folder in target.parents if folder.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise ConfigError(f"--output = {target}: nothing can be written in {parent}; name another folder.")
 
 
 def _write(config: RunConfig, *, target: Path, ranks: Ranks) -> None:
@@ -60,6 +85,8 @@ def _write(config: RunConfig, *, target: Path, ranks: Ranks) -> None:
         return MainFirst(ranks=ranks)
 
     sources = find_sources(config, first=first)
+    with Together():
+        check_output(target, sources=sources)
 
     reports: list[InitialisationReport] = []
     with TemporaryDirectory() as scratch:
@@ -101,7 +128,7 @@ def _write_folder(
             tokenizer=sources.tokenizer,
             source=sources.tokenizer_folder,
         )
-        write_json(pending / REPORT_FILE, value=report.as_mapping())
+        report.write(pending)
 
     write_export(
         target,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from largekd.engine.closing import close_engine
 from largekd.engine.leaf_modules import mark_leaf_modules
 
 
@@ -27,5 +28,5 @@ class FrozenEngine:
             return self._engine(**inputs)
 
     def close(self) -> None:
-        """Remove the hooks and free the buffers."""
-        self._engine.destroy()
+        """Remove the hooks and free the buffers; the module stays, with its weights, to whoever holds it."""
+        close_engine(self._engine)

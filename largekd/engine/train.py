@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from largekd.engine.closing import close_engine
 from largekd.engine.leaf_modules import mark_leaf_modules
 from largekd.errors import CheckpointError
 from largekd.optim.groups import ParameterGroup
@@ -117,24 +118,7 @@ class TrainEngine:
 
     def close(self) -> None:
         """Remove the hooks and free optimizer state and buffers; the module stays, with its weights."""
-        self._engine.destroy()
-        # References from autograd's side outlive the engine; what they keep is made empty.
-        optimizer = self._engine.optimizer
-        offload = optimizer.parameter_offload
-        coordinator = offload.get_param_coordinator()
-        # Caches of the class hold every coordinator and module that ever was.
-        for member in vars(type(coordinator)).values():
-            _clear_cache(member)
-        for left in (coordinator, offload, optimizer, self._engine):
-            left.__dict__.clear()
-        nn.Module.__init__(self._engine)
-
-
-def _clear_cache(member: Any) -> None:
-    """Empty the `lru_cache` of a method that DeepSpeed has wrapped in another function."""
-    for cell in getattr(member, "__closure__", None) or ():
-        if hasattr(cell.cell_contents, "cache_clear"):
-            cell.cell_contents.cache_clear()
+        close_engine(self._engine)
 
 
 def _optimizer_group(group: ParameterGroup) -> dict[str, Any]:

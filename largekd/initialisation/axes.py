@@ -7,6 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from largekd.sharding.accelerator import device
+
+# Entries of a tensor that are mixed at a time, which bounds their copies in float32.
+_PART = 1 << 26
+
 Role = Literal["width", "ffn", "heads", "kv_heads", "vocabulary"]
 """What an axis counts: hidden units of the residual stream, neurons of an MLP, query heads, key heads, tokens."""
 
@@ -24,17 +29,39 @@ class Select:
 
 @dataclass(frozen=True)
 class Mix:
-    """new = matrix_NM @ old, in float32."""
+    """new = matrix_NM @ old, in float32 on the accelerator, a part of `old` at a time."""
 
     matrix_NM: Tensor
 
     def apply(self, value: Tensor, *, dim: int) -> Tensor:
         """`value` with mixtures along `dim`."""
-        mixed = torch.tensordot(self.matrix_NM.float(), value.float(), dims=([1], [dim]))
-        return mixed.movedim(0, dim).to(value.dtype)
+        place = device()
+        matrix_MN = self.matrix_NM.float().T.to(place)
+        last = value.movedim(dim, -1)
+        rows_RM = last.reshape(-1, last.shape[-1])
+        mixed = [
+            (part.to(place, torch.float32) @ matrix_MN).to(value.device, value.dtype)
+            for part in rows_RM.split(max(_PART // last.shape[-1], 1))
+        ]
+        return torch.cat(mixed).reshape(*last.shape[:-1], -1).movedim(-1, dim)
 
 
-AxisMap = Select | Mix
+@dataclass(frozen=True)
+class Blend:
+    """new[n] = (1 − share_N[n]) old[below_N[n]] + share_N[n] old[above_N[n]], in float32."""
+
+    below_N: Tensor
+    above_N: Tensor
+    share_N: Tensor
+
+    def apply(self, value: Tensor, *, dim: int) -> Tensor:
+        """`value` with the blended entries along `dim`."""
+        share = self.share_N.float().reshape(-1, *[1] * (value.ndim - 1 - dim % value.ndim))
+        below, above = (value.index_select(dim, index_N).float() for index_N in (self.below_N, self.above_N))
+        return below.lerp_(above, share).to(value.dtype)
+
+
+AxisMap = Select | Mix | Blend
 
 
 @dataclass(frozen=True)

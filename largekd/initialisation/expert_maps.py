@@ -23,6 +23,18 @@ class LayerLoads:
     similarity_XX: Tensor
 
 
+def correspondence(map_: AxisMap, *, of: int) -> list[int]:
+    """As objective.router.distil.expert_map says it: for each expert of the model with more of them, that of the other,
+    −1 for none. `of`: the teacher's experts; where both have as many, for each of the student's."""
+    if isinstance(map_, Select):
+        chosen = map_.index_N.tolist()
+        if len(chosen) >= of:
+            return chosen
+        return [chosen.index(expert) if expert in chosen else -1 for expert in range(of)]
+    assert isinstance(map_, Mix)
+    return map_.matrix_NM.abs().argmax(dim=0).tolist()
+
+
 def most_used(loads: LayerLoads, *, count: int) -> Tensor:
     """Indices of the `count` experts with the largest load, in their own order; ties go to the first."""
     order_X = loads.weight_X.argsort(descending=True, stable=True)

@@ -1,6 +1,6 @@
 """What two configurations say of their experts, and whether one model's can be made of the other's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
@@ -49,20 +49,33 @@ def same_family(teacher: PretrainedConfig, student: PretrainedConfig) -> bool:
     return len(set(types)) == 1 or any(types in ((m, d), (d, m)) for m, dense in _DENSE_OF.items() for d in dense)
 
 
-def slices_of(*, teacher: PretrainedConfig, student: PretrainedConfig) -> int:
-    """How many experts of the student hold one copy of the dense teacher's neurons, when it is split."""
-    return sizes_of(teacher).ffn // sizes_of(student).ffn
+def slices_of(neurons: int, *, width: int, experts: int) -> int:
+    """How many experts of the student hold one copy of a dense MLP, when it is split: as many as fit into its neurons
+    and divide the experts. Neurons beyond that are left to the rule of the width."""
+    return max((count for count in range(1, neurons // width + 1) if experts % count == 0), default=0)
 
 
-def mapped_sizes(config: ExpertsConfig, *, teacher: PretrainedConfig, student: PretrainedConfig) -> Sizes:
-    """The student's sizes with as many neurons as the map of neurons has to give.
+def mapped_sizes(
+    config: ExpertsConfig, *, teacher: PretrainedConfig, student: PretrainedConfig, layers: Sequence[int]
+) -> Sizes:
+    """The student's sizes with as many neurons, layer by layer, as the map of neurons has to give.
 
-    Splitting and concatenation keep every neuron, and deal them out afterwards.
+    Splitting and concatenation keep whole slices and experts, and deal them out afterwards. layers: the teacher's layer
+    of each of the student's.
     """
-    sizes, before, after = sizes_of(student), experts_of(teacher), experts_of(student)
-    split = before is None and after is not None and config.from_dense == "split"
-    joined = before is not None and after is None and config.to_dense == "concatenate"
-    return replace(sizes, ffn=sizes_of(teacher).ffn) if split or joined else sizes
+    theirs, ours, after = sizes_of(teacher), sizes_of(student), experts_of(student)
+    whole, mlps = ours.ffn, []
+    for new, old in enumerate(layers):
+        was, becomes = has_experts(teacher, layer=old), has_experts(student, layer=new)
+        neurons = ours.neurons(new)
+        if becomes and not was and config.from_dense == "split":
+            assert after is not None
+            neurons *= slices_of(theirs.neurons(old), width=neurons, experts=after.experts)
+            whole = neurons
+        elif was and not becomes and config.to_dense == "concatenate":
+            whole = neurons = theirs.neurons(old)
+        mlps.append(neurons)
+    return replace(ours, ffn=whole, mlps=tuple(mlps))
 
 
 def needs_loads(config: ExpertsConfig, *, teacher: PretrainedConfig, student: PretrainedConfig) -> bool:
@@ -97,8 +110,6 @@ def check_experts(config: ExpertsConfig, *, teacher: PretrainedConfig, student: 
         _check_dense(config, teacher=teacher, student=student, before=before)
     elif before is not None and after is not None:
         _check_counts(config, before=before, after=after)
-    if before is None or after is None:
-        _check_biases(teacher, student)
 
 
 def _check_upcycling(
@@ -107,26 +118,31 @@ def _check_upcycling(
     if config.from_dense == "copy":
         return
     neurons, width = sizes_of(teacher).ffn, sizes_of(student).ffn
-    slices = max(neurons // width, 1)
-    if neurons % width or after.experts % slices:
+    if neurons != width and slices_of(neurons, width=width, experts=after.experts) < 2:
         raise ConfigError(
             f"student.initialise.experts.from_dense = 'split': the teacher's {neurons} neurons and {after.experts} "
-            f"experts of {width}: the experts' width must divide the neurons, and the number of slices (neurons / "
-            "width) the experts. Change num_experts (num_local_experts) or the experts' intermediate size in "
-            "student.config, or use 'copy'."
+            f"experts of {width}: two or more experts must fit into the neurons, and the number of experts must be a "
+            "multiple of some such number. Change num_experts (num_local_experts) or the experts' intermediate size in "
+            "student.config (student.design: experts, mlp_width), or use 'copy'."
         )
 
 
 def _check_dense(
     config: ExpertsConfig, *, teacher: PretrainedConfig, student: PretrainedConfig, before: ExpertShape
 ) -> None:
-    if config.to_dense != "concatenate":
-        return
     width, neurons = sizes_of(teacher).ffn, sizes_of(student).ffn
-    if neurons % width or not 1 <= neurons // width <= before.experts:
+    joined = config.to_dense == "concatenate"
+    if joined and not width <= neurons <= before.experts * width:
         raise ConfigError(
             f"student.initialise.experts.to_dense = 'concatenate': intermediate_size = {neurons} of student.config "
-            f"must be 1 to {before.experts} times the width of the teacher's experts, {width}."
+            f"must be 1 to {before.experts} times the width of the teacher's experts, {width}, or between."
+        )
+    if not joined and neurons > width:
+        raise ConfigError(
+            f"student.initialise.experts.to_dense = {config.to_dense!r}: one MLP is made of the teacher's experts of "
+            f"{width} neurons, and the student's has {neurons}. Set it to 'concatenate', which puts experts side "
+            f"by side, or give the student at most {width} (student.design.mlp_width, or intermediate_size of "
+            "student.config)."
         )
 
 
@@ -146,13 +162,3 @@ def _check_counts(config: ExpertsConfig, *, before: ExpertShape, after: ExpertSh
         raise ConfigError(f"{key}: the teacher has experts 0 to {before.experts - 1}; {wrong} is not one of them.")
     if len(set(config.fewer)) != len(config.fewer):
         raise ConfigError(f"{key}: an expert is named twice; every index must be another.")
-
-
-def _check_biases(teacher: PretrainedConfig, student: PretrainedConfig) -> None:
-    for name in ("attention_bias", "mlp_bias"):
-        theirs, ours = (bool(getattr(config, name, False)) for config in (teacher, student))
-        if theirs != ours:
-            raise ConfigError(
-                f"student.initialise: {name} is {theirs} in the teacher and {ours} in the {student.model_type!r} "
-                "student, which would lose or lack these weights. Choose a teacher without biases."
-            )

@@ -24,7 +24,7 @@ from largekd.config.experts import ExpertsConfig
 from largekd.errors import ConfigError
 from largekd.initialisation.axes import AxisMap, Select
 from largekd.initialisation.derive import Derivation, Read
-from largekd.initialisation.expert_maps import LayerLoads, expert_map, most_used
+from largekd.initialisation.expert_maps import LayerLoads, correspondence, expert_map, most_used
 from largekd.initialisation.expert_shapes import ExpertShape, experts_of, has_experts, slices_of
 from largekd.initialisation.sizes import sizes_of
 from largekd.models.build import layers_path
@@ -53,6 +53,7 @@ def expert_derivations(
     Errors: ConfigError where two mixtures have ordinary MLPs in layers that do not correspond.
     """
     before, after = experts_of(teacher_config), experts_of(model.config)
+    theirs, ours = sizes_of(teacher_config), sizes_of(model.config)
     made: dict[str, Derivation] = {}
     for new, old in enumerate(layers):
         prefix = f"{layers_path(model)}.{new}."
@@ -66,7 +67,7 @@ def expert_derivations(
         if becomes and not was:
             assert after is not None
             split = config.from_dense == "split"
-            slices = slices_of(teacher=teacher_config, student=model.config) if split else 1
+            slices = slices_of(theirs.neurons(old), width=ours.neurons(new), experts=after.experts) if split else 1
             made |= _Upcycling(
                 config=config,
                 after=after,
@@ -77,15 +78,43 @@ def expert_derivations(
                 rule=rule,
             ).derivations()
         elif becomes and was and before != after:
-            assert before is not None
-            assert after is not None
-            map_ = expert_map(config.fewer, count=after.experts, of=before.experts, loads=loads.get(old))
+            map_ = _experts_of(config, teacher=before, student=after, loads=loads.get(old))
             made |= {prefix + name: _mapped(rule(prefix + name), map_) for name in _EXPERTS}
         elif was and not becomes:
-            width = sizes_of(teacher_config).ffn
-            parts = sizes_of(model.config).ffn // width if config.to_dense == "concatenate" else 1
-            made |= _dense(config, loads=loads[old], parts=parts, prefix=prefix, rule=rule)
+            neurons, width = ours.neurons(new), theirs.neurons(old)
+            parts = -(-neurons // width) if config.to_dense == "concatenate" else 1
+            made |= _dense(config, loads=loads[old], parts=parts, neurons=neurons, prefix=prefix, rule=rule)
     return made
+
+
+def corresponding_experts(
+    config: ExpertsConfig,
+    *,
+    teacher_config: PretrainedConfig,
+    student_config: PretrainedConfig,
+    layers: tuple[int, ...],
+    loads: Mapping[int, LayerLoads],
+) -> dict[str, list[int]]:
+    """By the student's layer, where both are mixtures of different numbers of experts, what `correspondence` says: the
+    file that objective.router.distil.expert_map takes. Empty otherwise."""
+    before, after = experts_of(teacher_config), experts_of(student_config)
+    if before is None or after is None or before.experts == after.experts:
+        return {}
+    return {
+        str(new): correspondence(
+            _experts_of(config, teacher=before, student=after, loads=loads.get(old)), of=before.experts
+        )
+        for new, old in enumerate(layers)
+        if has_experts(student_config, layer=new)
+    }
+
+
+def _experts_of(
+    config: ExpertsConfig, *, teacher: ExpertShape | None, student: ExpertShape | None, loads: LayerLoads | None
+) -> AxisMap:
+    assert teacher is not None
+    assert student is not None
+    return expert_map(config.fewer, count=student.experts, of=teacher.experts, loads=loads)
 
 
 @dataclass(frozen=True)
@@ -166,14 +195,20 @@ def _mapped(base: Derivation, map_: AxisMap) -> Derivation:
     )
 
 
-def _dense(config: ExpertsConfig, *, loads: LayerLoads, parts: int, prefix: str, rule: Rule) -> dict[str, Derivation]:
-    """An MLP out of a layer's experts, which count by the weight that the router gives them."""
+def _dense(
+    config: ExpertsConfig, *, loads: LayerLoads, parts: int, neurons: int, prefix: str, rule: Rule
+) -> dict[str, Derivation]:
+    """An MLP out of a layer's experts, which count by the weight that the router gives them.
+
+    Of experts side by side the most used stand first, and what is beyond `neurons` is cut.
+    """
     gate_up, down = (rule(prefix + name) for name in _EXPERTS[:2])
     total = float(loads.weight_X.sum())
     if config.to_dense == "average":
         how, used, factor = "experts averaged", loads.weight_X / total, torch.tensor([total])
     else:
         chosen = most_used(loads, count=parts)
+        chosen = chosen[loads.weight_X[chosen].argsort(descending=True, stable=True)]
         how = f"experts {', '.join(map(str, chosen.tolist()))}"
         shares = loads.weight_X[chosen]
         used, factor = chosen, shares / shares.sum() * total
@@ -185,12 +220,12 @@ def _dense(config: ExpertsConfig, *, loads: LayerLoads, parts: int, prefix: str,
         return value[used]
 
     def half(read: Read, *, index: int) -> Tensor:
-        return experts(gate_up.make(read)).chunk(2, dim=1)[index].flatten(0, 1)
+        return experts(gate_up.make(read)).chunk(2, dim=1)[index].flatten(0, 1)[:neurons]
 
     def output(read: Read) -> Tensor:
         value = experts(down.make(read))
         scaled_PDJ = (value.float() * factor[:, None, None]).to(value.dtype)
-        return scaled_PDJ.movedim(0, 1).flatten(1, 2)
+        return scaled_PDJ.movedim(0, 1).flatten(1, 2)[:, :neurons].contiguous()
 
     copied = 0.0 if config.to_dense == "average" else 1.0
     makers: tuple[Callable[[Read], Tensor], ...] = (

@@ -50,10 +50,14 @@ def fill_from(
 
 
 def draw_missing(model: PreTrainedModel, *, made: Mapping[str, Derivation], seed: int, rank: int) -> None:
-    """Draw the parameters that are not in `made`, and whatever else their modules own. A collective call."""
+    """Draw the parameters that are not in `made`, and whatever else their modules own. A collective call.
+
+    A parameter with several names, as a tied head, is made under any of them.
+    """
+    done = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in made}
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False, prefix=path))
-        if all(name in made for name in own):
+        if all(id(value) in done for value in own.values()):
             continue
         with gathered([parameter for parameter in own.values() if is_sharded(parameter)], modifier_rank=0):
             if rank == 0 or not any(map(is_sharded, own.values())):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from largekd.errors import ConfigError
-from largekd.initialisation.axes import Role, Select, StudentMaps
+from largekd.initialisation.axes import AxisMap, Mix, Role, Select, StudentMaps, evenly_spaced
 from largekd.initialisation.sizes import Sizes
 from largekd.initialisation.statistics import Statistics
 from largekd.initialisation.width import vocabulary_map
@@ -23,20 +23,22 @@ def importance_maps(
     The gain of the width is what `width_gain` says of the kept units, so that a teacher whose other units are always
     zero is preserved.
 
-    Errors: ConfigError for an axis that is longer in the student, for more query heads per key head than the teacher
-    has, and for a layer whose activations are not those of one MLP or one attention.
+    Errors: ConfigError for an axis that is longer in the student, and for a layer whose activations are not those of
+    one MLP or one attention.
     """
-    chosen: dict[str, dict[int, Select]] = {"ffn": {}, "heads": {}, "kv_heads": {}}
+    chosen: dict[str, dict[int, Select]] = {"ffn": {}, "heads": {}}
+    keys: dict[int, AxisMap] = {}
     for index, layer in enumerate(layers):
-        if student.ffn != teacher.ffn:
-            scores_F = _measured(statistics.neurons_NF[layer], layer=layer, length=teacher.ffn, what="MLP")
-            chosen["ffn"][index] = Select(most_important(scores_F, keep=student.ffn, role="ffn"))
+        have, want = teacher.neurons(layer), student.neurons(index)
+        if want != have:
+            scores_F = _measured(statistics.neurons_NF[layer], layer=layer, length=have, what="MLP")
+            chosen["ffn"][index] = Select(most_important(scores_F, keep=want, role="ffn"))
         if (student.heads, student.kv_heads) != (teacher.heads, teacher.kv_heads):
             scores_H = _measured(statistics.heads_NH[layer], layer=layer, length=teacher.heads, what="attention")
-            heads, groups = important_heads(
+            heads, keys[index] = important_heads(
                 scores_H, teacher_groups=teacher.kv_heads, heads=student.heads, groups=student.kv_heads
             )
-            chosen["heads"][index], chosen["kv_heads"][index] = Select(heads), Select(groups)
+            chosen["heads"][index] = Select(heads)
     units, gains = None, dict[Role, float]()
     if width and student.width != teacher.width:
         kept_D = most_important(statistics.units_D, keep=student.width, role="width")
@@ -48,7 +50,7 @@ def importance_maps(
         vocabulary=vocabulary_map(teacher=teacher, student=student),
         ffn=chosen["ffn"],
         heads=chosen["heads"],
-        kv_heads=chosen["kv_heads"],
+        kv_heads=keys,
         gains=gains,
     )
 
@@ -64,22 +66,59 @@ def most_important(scores_N: Tensor, *, keep: int, role: Role) -> Tensor:
     return order[:keep].sort().values
 
 
-def important_heads(scores_H: Tensor, *, teacher_groups: int, heads: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Query heads and key heads that are kept: the `groups` key heads whose query heads have the greatest sums, and
-    inside each the heads / groups greatest ones, all in the teacher's order, so that a query keeps its key.
+def important_heads(scores_H: Tensor, *, teacher_groups: int, heads: int, groups: int) -> tuple[Tensor, AxisMap]:
+    """Query heads that are kept, and the map of key heads: the `groups` key heads whose query heads have the greatest
+    sums, and inside each the heads / groups greatest ones, all in the teacher's order, so that a query keeps its key.
 
-    Errors: ConfigError when a key head would need more query heads than it has.
+    Where the student has more query heads on each key head than the teacher, so many neighbouring key heads as have
+    them are averaged, as in `head_maps`. Errors: ConfigError for more key heads than the teacher has.
     """
     have, want = len(scores_H) // teacher_groups, heads // groups
-    if want > have:
-        raise ConfigError(
-            f"student.initialise.width = 'importance': the student has {heads} query heads on {groups} key heads, "
-            f"{want} on each; the teacher has {have} on each. Give the student more key heads or fewer query heads."
-        )
-    scores_GX = scores_H.unflatten(0, (teacher_groups, have))
+    window = -(-want // have)
+    if groups * window <= teacher_groups:
+        starts = torch.arange(0, teacher_groups - window + 1, window)
+    else:
+        starts = torch.tensor(_windows(groups, of=teacher_groups, length=window))
+    place_GX = starts[:, None] * have + torch.arange(window * have)
+    scores_GX = scores_H[place_GX]
     kept_G = most_important(scores_GX.sum(1), keep=groups, role="kv_heads")
     kept_GX = torch.stack([most_important(scores_GX[group], keep=want, role="heads") for group in kept_G.tolist()])
-    return (kept_G[:, None] * have + kept_GX).flatten(), kept_G
+    queries = place_GX[kept_G].gather(1, kept_GX).flatten()
+    if window == 1:
+        return queries, Select(starts[kept_G])
+    matrix_GM = torch.zeros(groups, teacher_groups)
+    matrix_GM.scatter_(1, starts[kept_G][:, None] + torch.arange(window), 1 / window)
+    return queries, Mix(matrix_GM)
+
+
+def _windows(count: int, *, of: int, length: int) -> list[int]:
+    """Where `count` windows start that have to overlap; more windows than places are refused later, by their number."""
+    places = of - length + 1
+    return list(evenly_spaced(min(count, places), of=places))
+
+
+def check_importance(*, teacher: Sizes, student: Sizes, layers: Sequence[int], experts: Sequence[bool]) -> None:
+    """What can be told before the teacher is measured. experts: by the teacher's layer, whether it is a mixture.
+
+    Errors: ConfigError for more key heads than the teacher has, and for narrower experts.
+    """
+    rule = "student.initialise.width = 'importance' or 'pca'"
+    window = -(-(student.heads // student.kv_heads) // (teacher.heads // teacher.kv_heads))
+    changed = (student.heads, student.kv_heads) != (teacher.heads, teacher.kv_heads)
+    if changed and student.kv_heads > teacher.kv_heads - window + 1:
+        raise ConfigError(
+            f"{rule}: the student has {student.heads} query heads on {student.kv_heads} key heads, which cannot be "
+            f"chosen from the teacher's {teacher.heads} on {teacher.kv_heads}; give it fewer key heads "
+            "(num_key_value_heads of student.config, student.design.kv_heads), or choose truncate or interpolate."
+        )
+    for new, old in enumerate(layers):
+        if experts[old] and student.neurons(new) != teacher.neurons(old):
+            raise ConfigError(
+                f"{rule}: layer {new} of the student has {student.neurons(new)} neurons and the experts of the "
+                f"teacher's layer {old}, which it is made of, {teacher.neurons(old)}; experts have no activations in "
+                "common that could be measured. Keep their width (moe_intermediate_size or intermediate_size of "
+                "student.config, student.design.mlp_width), or choose truncate or interpolate."
+            )
 
 
 def width_gain(kept_energy: float, *, width: int) -> float:

@@ -4,9 +4,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
+from largekd.runtime.files import write_json
+
 REPORT_FILE = "initialisation.json"
+EXPERT_MAP_FILE = "expert_map.json"
 
 
 @dataclass(frozen=True)
@@ -22,10 +28,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class InitialisationReport:
-    """Every tensor of the student once, and what the plan as a whole was (`plan`: layers, rule, sizes)."""
+    """Every tensor of the student once, and what the plan as a whole was (`plan`: layers, rule, sizes).
+
+    expert_map: which experts correspond, where teacher and student have different numbers; see `corresponding_experts`.
+    """
 
     entries: tuple[Entry, ...]
     plan: Mapping[str, Any] = field(default_factory=dict)
+    expert_map: Mapping[str, list[int]] = field(default_factory=dict)
 
     @property
     def copied_frac(self) -> float:
@@ -38,12 +48,25 @@ class InitialisationReport:
         """What is written as JSON."""
         return {
             "plan": dict(self.plan),
+            "expert_map": dict(self.expert_map),
             "copied_frac": self.copied_frac,
             "tensors": [asdict(entry) for entry in self.entries],
         }
+
+    def write(self, folder: Path) -> None:
+        """Write the report, and beside it expert_map.json if there is one, the file that
+        objective.router.distil.expert_map takes."""
+        write_json(folder / REPORT_FILE, value=self.as_mapping())
+        if self.expert_map:
+            write_json(folder / EXPERT_MAP_FILE, value=dict(self.expert_map))
 
     def in_words(self) -> str:
         """One line for the log: how many tensors were made in which way."""
         counts = Counter(entry.how for entry in self.entries)
         ways = "; ".join(f"{count} {how}" for how, count in counts.most_common())
         return f"{len(self.entries)} tensors, {self.copied_frac:.1%} of their entries the teacher's unchanged: {ways}"
+
+
+def shape_of(config: PretrainedConfig) -> list[str | int]:
+    """What tells the layers of one model from another's, as initialisation.json says it: type, layers, width."""
+    return [str(config.model_type), int(config.num_hidden_layers), int(config.hidden_size)]

@@ -19,6 +19,7 @@ from largekd.initialisation.derive import Derivation, Prepare, Read, as_stored
 from largekd.initialisation.importance import width_gain
 from largekd.initialisation.roles import axes_of, split_layer
 from largekd.models.build import layers_path
+from largekd.runtime.ranks import current_ranks, tensor_of_main
 
 ROTATABLE = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})
 """Model types in which RMSNorms alone read the stream, and nothing else scales, centres or norms it."""
@@ -38,14 +39,24 @@ def check_rotatable(student: PretrainedConfig, *, key: str = "student.config") -
     if student.tie_word_embeddings:
         raise ConfigError(
             f"{rule}: the final norm's weight moves into the head, which is tied to the embedding; set "
-            f"tie_word_embeddings to false in {key} (the head then has weights of its own) or choose another rule."
+            f"tie_word_embeddings to false in {key}, or student.design.tied to false (the head then has weights of its "
+            "own), or choose another rule."
+        )
+
+
+def check_positions(positions: float, *, width: int) -> None:
+    """Errors: ConfigError when less text was measured than there are directions to choose."""
+    if positions < width:
+        raise ConfigError(
+            f"student.initialise.width = 'pca': {positions:,.0f} positions were measured, which span fewer than the "
+            f"student's {width} directions; raise student.initialise.calibration_rows, best to several times as many."
         )
 
 
 def principal_directions(moment_DD: Tensor, *, width: int) -> tuple[Tensor, float]:
     """(D, width) orthonormal directions of the greatest second moment, greatest first, and the sum of their moments.
 
-    Each direction's largest entry is positive, so that the result is the same on every machine.
+    Each direction's largest entry is positive.
     """
     values_D, vectors_DD = torch.linalg.eigh(moment_DD.double())
     kept_DK = vectors_DD[:, -width:].flip(1)
@@ -54,8 +65,17 @@ def principal_directions(moment_DD: Tensor, *, width: int) -> tuple[Tensor, floa
 
 
 def rotated_maps(maps: StudentMaps, *, moment_DD: Tensor, width: int) -> StudentMaps:
-    """`maps` with the rotation to `width` principal directions as the map of hidden units, and its gain."""
-    directions_DK, energy = principal_directions(moment_DD, width=width)
+    """`maps` with the rotation to `width` principal directions as the map of hidden units, and its gain.
+
+    A collective call: rank 0 finds the directions. Nearly equal moments give each machine, and each number of threads,
+    other ones, and a student's shards must be of one.
+    """
+    directions_DK = torch.empty(len(moment_DD), width, dtype=torch.float64)
+    energies = torch.zeros(1, dtype=torch.float64)
+    if current_ranks().is_main:
+        directions_DK, kept = principal_directions(moment_DD, width=width)
+        energies.fill_(kept)
+    directions_DK, energy = tensor_of_main(directions_DK), float(tensor_of_main(energies))
     return replace(
         maps,
         width=Mix(directions_DK.T.float().contiguous()),

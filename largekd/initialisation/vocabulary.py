@@ -1,5 +1,6 @@
 """A model folder with a trimmed vocabulary: rows of embedding and head chosen, everything else as it is."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from largekd.errors import ConfigError
 from largekd.runtime.files import write_json
+from largekd.sharding.layout import Layout
 from largekd.sharding.stream import INDEX_FILE, SINGLE_FILE, tensor_files
 
 
@@ -21,8 +23,15 @@ def trim_weights(source: Path, *, target: Path, config: PretrainedConfig, kept_V
     File by file; the names of tensors and files stay. Returns the new shape of every tensor that was cut.
     Errors: ConfigError for a checkpoint without the embedding, and for one with too few rows.
     """
-    names = vocabulary_tensors(config)
     files = tensor_files(source)
+    embedding, head = vocabulary_tensors(config, files=files)
+    for part, names in (("embedding", embedding), ("head", head)):
+        if names is not None and not names:
+            raise ConfigError(
+                f"{source}: found no tensor of the vocabulary's {part} under a name that a {config.model_type!r} model "
+                "has; fetch the model again, or save it with transformers' save_pretrained."
+            )
+    names = embedding | (head or frozenset())
     index, paths = torch.from_numpy(kept_V), sorted(set(files.values()))
     single, cut = len(paths) == 1, dict[str, list[int]]()
     for path in paths:
@@ -32,8 +41,6 @@ def trim_weights(source: Path, *, target: Path, config: PretrainedConfig, kept_V
             tensors[name] = _rows(tensors[name], name=name, index=index, folder=source)
             cut[name] = list(tensors[name].shape)
         save_file(tensors, target / (SINGLE_FILE if single else path.name), metadata={"format": "pt"})
-    if not cut:
-        raise ConfigError(f"{source}: found none of the tensors {', '.join(sorted(names))}, which hold the vocabulary.")
     if not single:
         size = sum((target / path.name).stat().st_size for path in paths)
         weight_map = {name: path.name for name, path in files.items()}
@@ -41,20 +48,27 @@ def trim_weights(source: Path, *, target: Path, config: PretrainedConfig, kept_V
     return cut
 
 
-def vocabulary_tensors(config: PretrainedConfig) -> frozenset[str]:
-    """Names, in a checkpoint of this configuration, of the tensors whose first dimension is the vocabulary: embedding,
-    head and the head's bias, with and without the decoder's own prefix."""
+def vocabulary_tensors(
+    config: PretrainedConfig, *, files: Iterable[str]
+) -> tuple[frozenset[str], frozenset[str] | None]:
+    """Which of the stored tensors `files` have the vocabulary as their first dimension: those of the embedding, and
+    those of a head of its own with its bias (None: the head is the embedding), by the names that transformers reads,
+    with and without the decoder's own prefix."""
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    wanted = [model.get_input_embeddings().weight, *(() if head is None else head.parameters())]
-    names = {
-        name
-        for name, value in model.named_parameters(remove_duplicate=False)
-        if any(value is parameter for parameter in wanted)
-    }
     prefix = f"{model.base_model_prefix}."
-    return frozenset(names | {name.removeprefix(prefix) for name in names})
+    stored = {name.removeprefix(prefix): found.parts for name, found in Layout(model).model_names(files).items()}
+
+    def of(wanted: Iterable[Tensor]) -> frozenset[str]:
+        ids = {id(parameter) for parameter in wanted}
+        named = model.named_parameters(remove_duplicate=False)
+        names = [name.removeprefix(prefix) for name, value in named if id(value) in ids]
+        return frozenset(part for name in names for part in stored.get(name, ()))
+
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    assert isinstance(embedding, Tensor)
+    own = [] if head is None else [parameter for parameter in head.parameters() if parameter is not embedding]
+    return of([embedding]), of(own) if own else None
 
 
 def _rows(value: Tensor, *, name: str, index: Tensor, folder: Path) -> Tensor:

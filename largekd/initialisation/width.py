@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from largekd.errors import ConfigError
-from largekd.initialisation.axes import AxisMap, Mix, Role, Select, StudentMaps, evenly_spaced
+from largekd.initialisation.axes import AxisMap, Blend, Mix, Role, Select, StudentMaps, evenly_spaced
 from largekd.initialisation.sizes import Sizes
 
 Shorten = Callable[[int, int], AxisMap]
@@ -19,7 +19,7 @@ def truncated(old: int, new: int) -> Select:
     return Select(torch.arange(new))
 
 
-def interpolated(old: int, new: int) -> Mix:
+def interpolated(old: int, new: int) -> Blend:
     """Linear resampling: entry i is read at position i (old − 1) / (new − 1) between the teacher's entries.
 
     The first and the last entry are the teacher's own; one entry alone is the first.
@@ -28,12 +28,7 @@ def interpolated(old: int, new: int) -> Mix:
     position_N = torch.arange(new, dtype=torch.float64) * ((old - 1) / max(new - 1, 1))
     below_N = position_N.floor().long().clamp_max(old - 1)
     above_N = (below_N + 1).clamp_max(old - 1)
-    share_N = position_N - below_N
-    matrix_NM = torch.zeros(new, old, dtype=torch.float64)
-    row_N = torch.arange(new)
-    matrix_NM[row_N, below_N] += 1 - share_N
-    matrix_NM[row_N, above_N] += share_N
-    return Mix(matrix_NM.float())
+    return Blend(below_N, above_N, (position_N - below_N).float())
 
 
 def plain_maps(*, teacher: Sizes, student: Sizes, layers: Sequence[int], even: bool, gain: float) -> StudentMaps:
@@ -53,7 +48,9 @@ def plain_maps(*, teacher: Sizes, student: Sizes, layers: Sequence[int], even: b
         return None if old == new else shorten(old, new)
 
     heads, kv_heads = head_maps(teacher=teacher, student=student, even=even)
-    ffn, places = along("ffn"), range(len(layers))
+    check_neurons(teacher=teacher, student=student, layers=layers)
+    neurons = [(teacher.neurons(old), student.neurons(new)) for new, old in enumerate(layers)]
+    places = range(len(layers))
     gains: dict[Role, float] = {
         role: (teacher.of(role) / student.of(role)) ** gain
         for role in ("width", "ffn", "heads")
@@ -63,7 +60,7 @@ def plain_maps(*, teacher: Sizes, student: Sizes, layers: Sequence[int], even: b
         layers=tuple(layers),
         width=along("width"),
         vocabulary=vocabulary_map(teacher=teacher, student=student),
-        ffn={} if ffn is None else dict.fromkeys(places, ffn),
+        ffn={place: shorten(old, new) for place, (old, new) in enumerate(neurons) if old != new},
         heads={} if heads is None else dict.fromkeys(places, heads),
         kv_heads={} if kv_heads is None else dict.fromkeys(places, kv_heads),
         gains=gains,
@@ -119,6 +116,18 @@ def _windows(count: int, *, of: int, length: int, even: bool) -> list[int]:
     if not even and count * length <= of:
         return [index * length for index in range(count)]
     return list(evenly_spaced(count, of=of - length + 1))
+
+
+def check_neurons(*, teacher: Sizes, student: Sizes, layers: Sequence[int]) -> None:
+    """Errors: ConfigError for an MLP with more neurons than that of the teacher's layer it is made of."""
+    for new, old in enumerate(layers):
+        have, want = teacher.neurons(old), student.neurons(new)
+        if want > have:
+            raise ConfigError(
+                f"student.initialise: the MLP of the student's layer {new} has {want} neurons, and that of the "
+                f"teacher's layer {old}, which it is made of, {have}; student.config may have at most as many "
+                "(intermediate_size, or moe_intermediate_size of experts), or choose other student.initialise.layers."
+            )
 
 
 def check_sizes(*, teacher: Sizes, student: Sizes) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from largekd.errors import ConfigError
+from largekd.planner.layer_lists import named_without_experts, without_experts
 from largekd.sharding.shards import gathered, sharded_init
 from largekd.sharding.stream import LoadReport, load_parameters
 
@@ -102,8 +103,10 @@ def config_with_layers(
         # What a family says of each layer (layer_types, no_rope_layers) goes along with the layer.
         if isinstance(value, list) and len(value) == depth:
             setattr(short, name, [value[index] for index in layers])
-    if getattr(config, "mlp_only_layers", None):
-        short.mlp_only_layers = [new for new, old in enumerate(layers) if old in config.mlp_only_layers]
+    if any(hasattr(config, name) for name in ("mlp_only_layers", "decoder_sparse_step")):
+        is_dense = without_experts(config.to_dict())
+        for name, value in named_without_experts([is_dense[index] for index in layers]).items():
+            setattr(short, name, value)
     return short
 
 

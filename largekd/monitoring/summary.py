@@ -14,7 +14,10 @@ SUMMARY_FILE = "summary.json"
 
 @dataclass(frozen=True)
 class EvalFigures:
-    """One evaluation on held-out text. kl: KL(teacher‖student), nats per token; None for the teacher itself."""
+    """One evaluation on held-out text.
+
+    kl: KL(teacher‖student), nats per token; None for the teacher itself, and where it is of another teacher.
+    """
 
     perplexity: float
     kl: float | None = None
@@ -33,7 +36,8 @@ class RunSummary:
 
     tokens: label tokens over all ranks; tokens_per_s: over the wall time of training steps; wall_s: of the whole run,
     over its resumptions; peak_rss_bytes: one per rank. `before`, `after` are evaluations of the student; an evaluation
-    that did not take place is None, and so is a folder that was not written.
+    that did not take place is None, and so is a folder that was not written. note: why figures are left out that
+    would not be comparable.
     """
 
     steps: int
@@ -47,11 +51,13 @@ class RunSummary:
     teacher: EvalFigures | None = None
     export_dir: str | None = None
     tensorboard_dir: str | None = None
+    note: str | None = None
 
     def as_mapping(self) -> dict[str, Any]:
         """The nested objects of summary.json."""
         evaluations = {"before": self.before, "after": self.after, "teacher": self.teacher}
-        return {
+        noted = {} if self.note is None else {"note": self.note}
+        return noted | {
             "eval": {name: figures.as_mapping() if figures else None for name, figures in evaluations.items()},
             "steps": self.steps,
             "tokens": self.tokens,
@@ -89,7 +95,11 @@ def render_summary(summary: Mapping[str, Any]) -> str:
             perplexity = _number(figures["perplexity"], "{:,.2f}", missing=missing)
             lines.append(f"{label:<20}{perplexity:>12}{kl:>30}".rstrip())
         else:
-            lines.append(f"{label:<20}{'not evaluated':>16}")
+            lines.append(
+                f"{label:<20}{'not comparable' if key == 'before' and 'note' in summary else 'not evaluated':>16}"
+            )
+    if "note" in summary:
+        lines.append(summary["note"])
     peaks = ", ".join(f"{peak / 1e9:.2f} GB" for peak in summary["peak_rss_bytes"])
     lines += ["", f"{'peak memory':<14}{peaks} (one per rank)"]
     if summary["skipped_steps"]:

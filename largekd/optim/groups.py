@@ -44,16 +44,22 @@ class ParameterGroup:
 
 
 def build_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], *, config: OptimConfig
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    *,
+    config: OptimConfig,
+    may_learn: Mapping[str, bool] | None = None,
 ) -> tuple[ParameterGroup, ...]:
     """Every parameter in exactly one group: those that learn, then the frozen ones. Multiplier 0 freezes.
+
+    may_learn: where a schedule has frozen some for a while, what `requires_grad` was before; patterns are held against
+    that, and a group whose parameters are all frozen at this moment is left out.
 
     Biases and norms (one-dimensional parameters) are not decayed, unless their group gives a decay of its own: they go
     to `<group>.no_decay`. With `layer_decay` a group is split by place too: `<group>.layer_3`, `<group>.embedding`.
     Errors: ConfigError as `check_claims`, and when nothing is left to train.
     """
     named = list(named_parameters)
-    owners = check_claims({name: parameter.requires_grad for name, parameter in named}, config=config)
+    owners = check_claims(learning(named) if may_learn is None else may_learn, config=config)
     specs = {spec.name: spec for spec in (*config.groups, GroupConfig(name=DEFAULT_GROUP, pattern=""))}
     members: dict[str, Named] = {name: [] for name in specs}
     frozen: dict[str, Named] = {}
@@ -78,6 +84,11 @@ def build_groups(
         raise ConfigError("optim.groups: every parameter is frozen (lr_multiplier 0); nothing is left to train.")
     still = GroupConfig(name=DEFAULT_GROUP, pattern="", lr_multiplier=0.0, weight_decay=0.0)
     return (*groups, *(_group(name, chosen, spec=still, factor=1.0, config=config) for name, chosen in frozen.items()))
+
+
+def learning(named_parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, bool]:
+    """Each name, and whether its parameter learns."""
+    return {name: parameter.requires_grad for name, parameter in named_parameters}
 
 
 def check_claims(trainable: Mapping[str, bool], *, config: OptimConfig, more_later: bool = False) -> dict[str, str]:

@@ -19,6 +19,7 @@ def design_notes(
             *_vocabulary(shape),
             *_heads(full, sizes=sizes),
             *_mlp(full, sizes=sizes),
+            *_beyond(full, sizes=sizes),
             *_layers(config, shape=shape, teacher=teacher),
         )
     )
@@ -47,6 +48,13 @@ def _heads(full: Sizes, *, sizes: Sizes) -> Iterator[str]:
     query = sizes.heads * sizes.head_dim
     if query != sizes.width and full.heads * full.head_dim == full.width:
         yield f"queries are {query} wide and the model {sizes.width}: config.json says head_dim = {sizes.head_dim}"
+
+
+def _beyond(full: Sizes, *, sizes: Sizes) -> Iterator[str]:
+    for name in ("layers", "width", "mlp_width", "heads"):
+        size, whole = getattr(sizes, name), getattr(full, name)
+        if size > whole:
+            yield f"{name} = {size} is more than the teacher's {whole}: student.initialise cannot make that"
 
 
 def _mlp(full: Sizes, *, sizes: Sizes) -> Iterator[str]:

@@ -26,6 +26,17 @@ def layer_types(config: Mapping[str, Any]) -> list[str]:
     return [full] * depth
 
 
+def without_experts(config: Mapping[str, Any]) -> list[bool]:
+    """Of each layer of a mixture, whether it is an ordinary MLP."""
+    step, dense = config.get("decoder_sparse_step") or 1, set(config.get("mlp_only_layers") or ())
+    return [index in dense or (index + 1) % step != 0 for index in range(config["num_hidden_layers"])]
+
+
+def named_without_experts(is_dense: Sequence[bool]) -> dict[str, Any]:
+    """The keys that say which layers of a mixture are ordinary MLPs, one by one: a step would count them anew."""
+    return {"mlp_only_layers": [index for index, flag in enumerate(is_dense) if flag], "decoder_sparse_step": 1}
+
+
 def shortened(values: Sequence[Any], *, depth: int) -> list[Any]:
     """A per-layer list for `depth` layers.
 
@@ -56,12 +67,11 @@ def with_depth(config: Mapping[str, Any], *, depth: int) -> dict[str, Any]:
     if config.get("no_rope_layers"):
         changed["no_rope_layers"] = shortened(config["no_rope_layers"], depth=depth)
     if "mlp_only_layers" in config or "decoder_sparse_step" in config:
-        step, dense = config.get("decoder_sparse_step") or 1, set(config.get("mlp_only_layers") or ())
-        is_dense = [index in dense or (index + 1) % step != 0 for index in range(before)]
+        is_dense = without_experts(config)
         kept = shortened(is_dense, depth=depth)
         if depth == 1:
             kept = [all(is_dense)]
-        changed |= {"mlp_only_layers": [i for i, flag in enumerate(kept) if flag], "decoder_sparse_step": 1}
+        changed |= named_without_experts(kept)
     if config.get("max_window_layers") is not None:
         changed["max_window_layers"] = min(depth, round(config["max_window_layers"] * depth / before))
     return changed

@@ -13,9 +13,7 @@ def read_model_config(name: str, *, revision: str | None = None) -> dict[str, An
 
     Errors: PlanUnavailableError with the command that fetches the model.
     """
-    path = _find(name, revision=revision)
-    if path is None:
-        raise PlanUnavailableError(_remedy(name))
+    path = find_model_config(name, revision=revision)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -23,6 +21,14 @@ def read_model_config(name: str, *, revision: str | None = None) -> dict[str, An
     if not isinstance(config, dict):
         raise PlanUnavailableError(f"{path} is not a JSON object")
     return config
+
+
+def find_model_config(name: str, *, revision: str | None = None) -> Path:
+    """Where that config.json is; a model's other files stand beside it. Errors: as `read_model_config`."""
+    path = _find(name, revision=revision)
+    if path is None:
+        raise PlanUnavailableError(_remedy(name))
+    return path
 
 
 def _find(name: str, *, revision: str | None) -> Path | None:

@@ -16,7 +16,7 @@ from largekd.config.schedule import extremes
 from largekd.planner.shapes import ModelShape
 
 Place = Literal["accelerator", "host", "nvme"]
-Phase = Literal["always", "rollout", "teacher", "student", "update"]
+Phase = Literal["always", "rollout", "teacher", "student", "update", "switch"]
 Role = Literal["teacher", "student", "process"]
 
 PLACES: tuple[Place, ...] = ("accelerator", "host", "nvme")
@@ -30,7 +30,8 @@ _PROCESS_BYTES = 500_000_000
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """One entry of the plan. `phase` says when it exists: `always`, before a step, or in one of three parts of it."""
+    """One entry of the plan. `phase` says when it exists: `always`, before a step, in one of three parts of it, or
+    between two phases of a run."""
 
     role: Role
     name: str
@@ -43,7 +44,7 @@ class MemoryTerm:
 class Side:
     """One model with its placement (empty: its weights are not in this job); `name` tells several teachers apart.
 
-    adapters: elements of its adapters, which then are all that learns.
+    adapters: elements of its adapters, which then are all that learns; None: it learns whole.
     """
 
     role: Literal["teacher", "student"]
@@ -52,7 +53,7 @@ class Side:
     world_size: int
     dtype_bytes: int
     name: str = ""
-    adapters: int = 0
+    adapters: int | None = None
 
     @property
     def has_weights(self) -> bool:
@@ -74,7 +75,8 @@ class Side:
 
     def trained(self, bytes_per_element: int) -> int:
         """This rank's share of what learns."""
-        return -(-(self.adapters or self.shape.parameter_count) // self.world_size) * bytes_per_element
+        count = self.shape.parameter_count if self.adapters is None else self.adapters
+        return -(-count // self.world_size) * bytes_per_element
 
     def term(self, name: str, place: Place, phase: Phase, count: int) -> MemoryTerm:
         """An entry of this model's."""
@@ -107,7 +109,7 @@ def memory_terms(
 
 
 def peak_bytes(terms: tuple[MemoryTerm, ...], *, place: Place) -> int:
-    """What exists always, plus the largest phase of a step."""
+    """What exists always, plus the most that exists at another time."""
     here = [term for term in terms if term.place == place]
     totals = {phase: sum(term.bytes for term in here if term.phase == phase) for phase in get_args(Phase)}
     return totals.pop("always") + max(totals.values())
@@ -145,7 +147,7 @@ def weights(side: Side) -> Iterator[MemoryTerm]:
     """A model's parameters between its forwards."""
     b, zero = side.dtype_bytes, side.zero
     yield side.term("weights, own shard", side.place("offload_param"), "always", side.shard(b))
-    adapters = -(-side.adapters // side.world_size) * b
+    adapters = -(-(side.adapters or 0) // side.world_size) * b
     yield side.term("adapters, own shard", side.place("offload_param"), "always", adapters)
     threshold = zero.stage3_param_persistence_threshold
     small = sum(tensor.numel for tensor in side.shape.tensors if tensor.numel <= threshold)
@@ -202,7 +204,7 @@ def gathered_weights(side: Side) -> Iterator[MemoryTerm]:
 def _student_pass(side: Side, *, tokens: int, checkpointing: bool) -> Iterator[MemoryTerm]:
     b, shape = side.dtype_bytes, side.shape
     yield from gathered_weights(side)
-    learning = -(-side.adapters // len(shape.layers)) if side.adapters else shape.largest_layer
+    learning = -(-side.adapters // len(shape.layers)) if side.adapters is not None else shape.largest_layer
     yield side.term("weight gradients of one layer", "accelerator", "student", learning * b)
     layer = layer_activation_bytes(shape, dtype_bytes=b)
     depth = len(shape.layers)
@@ -221,7 +223,7 @@ def _vocabulary(
             yield teacher.term("vocabulary head, gathered", "accelerator", "student", head * b)
     width = student.shape.width
     # Adapters leave the head frozen.
-    head = 0 if student.adapters else student.shape.vocab_size * width * b
+    head = 0 if student.adapters is not None else student.shape.vocab_size * width * b
     yield student.term("vocabulary head's gradient", "accelerator", "student", head)
     yield from logit_chunks(objective, teachers=teachers, student=student, tokens=tokens)
     yield student.term("hidden states' gradient", "accelerator", "student", tokens * width * b)
@@ -246,7 +248,7 @@ def _deep_supervision(objective: ObjectiveConfig, *, student: Side, tokens: int)
     if deep is None or extremes(deep.weight)[1] <= 0:
         return
     b, layers, width = student.dtype_bytes, len(deep.layers), student.shape.width
-    head = 0 if student.adapters else layers * student.shape.vocab_size * width * b
+    head = 0 if student.adapters is not None else layers * student.shape.vocab_size * width * b
     yield student.term("head's gradients of supervised layers", "accelerator", "student", head)
     hidden = layers * tokens * width * (4 + 3 * b)
     yield student.term("hidden states of supervised layers", "accelerator", "student", hidden)

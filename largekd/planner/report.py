@@ -7,9 +7,10 @@ from typing import Any
 from largekd.config.run import RunConfig
 from largekd.config.staging import stages_of
 from largekd.planner.errors import PlanUnavailableError
-from largekd.planner.memory import PLACES
+from largekd.planner.memory import PLACES, Place
 from largekd.planner.plan import Plan, plan
 from largekd.planner.shapes import ModelShape, Part
+from largekd.planner.switches import with_switches
 
 _GB = 1e9
 
@@ -32,6 +33,9 @@ def plan_text(config: RunConfig, *, world_size: int) -> str:
         train = stage.config.train
         length = f"{train.max_steps} steps" if train.max_steps is not None else f"{train.max_epochs} epochs"
         lines.append(f"  {stage.name:<22}{length:<20}{_together_bytes(made) / _GB:>24.3f}")
+    lines += [
+        f"  {'peak of any stage':<54}{place:<13}{'':<11}{size / _GB:>10.3f}" for place, size in _peaks(plans).items()
+    ]
     return "\n".join([*lines, f"the largest is {stages_of(config)[largest].name}:", table])
 
 
@@ -43,13 +47,20 @@ def plan_record(config: RunConfig, *, world_size: int) -> dict[str, Any]:
         return {"unavailable": str(reason)}
     record = plan_to_mapping(plans[_largest(plans)])
     if len(plans) > 1:
+        record["peak_bytes"] = _peaks(plans)
         record["stages"] = {stage.name: dict(made.peaks) for stage, made in zip(stages_of(config), plans, strict=True)}
     return record
 
 
 def _plans(config: RunConfig, *, world_size: int) -> list[Plan]:
     """A plan for each stage, as if nothing were frozen in it."""
-    return [plan(stage.config, world_size=world_size) for stage in stages_of(config)]
+    stages = stages_of(config)
+    return with_switches([plan(stage.config, world_size=world_size) for stage in stages], stages=stages)
+
+
+def _peaks(plans: Sequence[Plan]) -> dict[Place, int]:
+    """What each place must hold: one stage may fill the accelerator, another one the host."""
+    return {place: max(made.peaks[place] for made in plans) for place in PLACES}
 
 
 def _largest(plans: Sequence[Plan]) -> int:

@@ -98,6 +98,15 @@ def all_sum(tensor: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor
     return total.to(tensor.device)
 
 
+def tensor_of_main(tensor: Tensor, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Rank 0's tensor on every rank; the others pass one of its shape and dtype, whose values are ignored."""
+    if not dist.is_initialized():
+        return tensor
+    found = tensor.detach().to(collective_device(group=group), copy=True).contiguous()
+    dist.broadcast(found, src=0, group=group)
+    return found.to(tensor.device)
+
+
 def broadcast_object(value: Any, *, group: dist.ProcessGroup | None = None) -> Any:
     """Rank 0's JSON value on every rank; what the others pass is ignored."""
     if not dist.is_initialized():

@@ -169,10 +169,28 @@ def test_an_earlier_export_survives_a_failure_and_is_replaced_by_success(tmp_pat
     assert consumed == ["t0", "t1", "t2"]
     assert load_file(folder / "model.safetensors")["t0"].numel() == 3
     assert os.listdir(tmp_path) == ["export"]
-    (tmp_path / ".tmp-export-dead").mkdir()
+    (tmp_path / ".tmp-export-export-0123456789ab").mkdir()
     write_export(folder, tensors=_tensors([7]), max_shard_bytes=80, save_extras=_no_extras, ranks=Ranks())
     assert load_file(folder / "model.safetensors")["t0"].numel() == 7
     assert os.listdir(tmp_path) == ["export"]
+
+
+def test_an_export_beside_another_one_at_work_leaves_it_alone(tmp_path: Path) -> None:
+    def others(name: str) -> None:
+        write_export(tmp_path / name, tensors=_tensors([3]), max_shard_bytes=80, save_extras=_no_extras, ranks=Ranks())
+
+    def interrupted() -> Iterator[tuple[str, Tensor]]:
+        for place, tensor in enumerate(_tensors([10] * 6)):
+            if place == 4:
+                # Names of which the first one's is a part, from either side.
+                for name in ("second", "first-export", "fir"):
+                    others(name)
+            yield tensor
+
+    write_export(tmp_path / "first", tensors=interrupted(), max_shard_bytes=80, save_extras=_no_extras, ranks=Ranks())
+    index = json.loads((tmp_path / "first" / "model.safetensors.index.json").read_text())
+    assert sorted(index["weight_map"]) == [f"t{number}" for number in range(6)]
+    assert sorted(os.listdir(tmp_path)) == ["fir", "first", "first-export", "second"]
 
 
 def _export_on_two_ranks(folder: str, fail: bool) -> list[str]:

@@ -26,6 +26,10 @@ def test_a_student_may_be_its_own_teacher_without_its_adapters(minimal):
         (BASE | {"teacher": {"kind": "self_shared"}}, r"student\.lora: teacher\.kind = 'self_shared' has another way"),
         ({"student": {"lora": {"pattern": "("}, "model": "s", **PLACED}}, r"student\.lora\.pattern = '\(': not a reg"),
         ({"student": {"lora": {}, "config": "c", **PLACED}}, r"student\.lora: freezes the weights of student\.config"),
+        (
+            {"student": {"lora": {}, "design": {"ratio": 0.5}, **PLACED}},
+            r"student\.lora: freezes the weights of student\.design",
+        ),
         ({"export": {"adapter": True}}, r"export\.adapter = true: there is none without student\.lora"),
         (
             {"export": {"adapter": True}, "student": STUDENT | {"layers": [0]}},
@@ -38,6 +42,7 @@ def test_a_student_may_be_its_own_teacher_without_its_adapters(minimal):
         ),
         ({"optim": {"groups": [{"name": "default", "pattern": "x"}]}}, r"optim\.groups\.0\.name = 'default': names"),
         ({"optim": {"groups": [{"name": "a.layer_3", "pattern": "x"}]}}, r"optim\.groups\.0\.name = 'a\.layer_3'"),
+        ({"optim": {"groups": [{"name": "a.after_3", "pattern": "x"}]}}, r"optim\.groups\.0\.name = 'a\.after_3'"),
         ({"optim": {"strict": True}}, r"optim\.strict = true: without optim\.groups"),
         ({"optim": {"layer_decay": 1.5}}, r"optim\.layer_decay = 1\.5"),
     ],

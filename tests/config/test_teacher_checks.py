@@ -63,3 +63,21 @@ def test_what_cannot_be_run_is_refused(minimal, changes, expected) -> None:
 def test_a_column_of_the_data_may_route(minimal) -> None:
     tree = several(minimal, teacher__weighting={"kind": "routed", "field": "tutor"})
     assert parse_config(tree).teacher.weighting.field == "tutor"
+
+
+@pytest.mark.parametrize(("first", "refused"), [(0, True), (1, False)])
+def test_a_student_is_made_of_the_first_teacher_s_weights(minimal, first, refused) -> None:
+    cached = {"name": "cached", "teacher": {"kind": "cached", "path": "cache"}}
+    members = [MEMBERS[0], MEMBERS[1]]
+    members[first] = cached
+    tree = several(minimal, members=members)
+    tree["student"] = {**tree["student"], "config": "student.json", "initialise": {}}
+    for key in ("model", "teacher_layers"):
+        tree["student"].pop(key, None)
+    try:
+        parse_config(tree)
+    except ConfigError as error:
+        found = str(error)
+    else:
+        found = ""
+    assert (r"student.initialise: a cache has no weights; set teacher.members.0.teacher.model" in found) == refused

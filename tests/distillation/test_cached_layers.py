@@ -142,3 +142,19 @@ def test_a_cache_without_layers_says_how_to_get_them(tiny_assets, one_rank, tmp_
     one_rank.run(cache, tree=tree)
     message = r"TeacherError: objective\.features\.hidden\.layers: .*the cache holds none.*cache\.taps=null"
     refused(one_rank, from_cache(tree), message)
+
+
+def test_a_cache_of_a_run_in_stages_holds_the_layers_of_all(tiny_assets, one_rank, tmp_path):
+    tree = recipe(tiny_assets, tmp_path, cache=FULL, train__max_steps=None)
+    tree["optim"]["warmup_steps"] = 0
+    feature = {"name": "hidden", "loss": "mse"}
+    tree["stages"] = [
+        {"name": name, "steps": 1, "set": {"objective": {
+            "features": [feature | {"layers": {"map": "explicit", "pairs": [[0, layer]]}}], "attention": [],
+        }}}
+        for name, layer in (("low", 0), ("high", 2))
+    ]  # fmt: skip
+    one_rank.run(cache, tree=tree)
+    held = json.loads((tmp_path / "cache/manifest.json").read_text())["layers"]
+    assert held["hidden"] == [0, 2]
+    one_rank.run(distil, tree=from_cache(tree))

@@ -231,6 +231,7 @@ def test_the_map_of_kept_layers_needs_them(models, tmp_path):
         rows=lambda _: iter(()),
         folder=tmp_path,
         ranks=Ranks(),
+        kept=KEPT,
         **decoders,
     )
     # Ties go to the deeper of two kept layers.

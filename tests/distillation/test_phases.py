@@ -48,9 +48,17 @@ def test_phases_divide_their_stage_and_belong_to_its_schedule():
 
 
 def test_a_step_outside_of_its_phase_is_refused():
-    (phase,) = plan_phases([stage(0)], steps=[5], depth=6)
-    with pytest.raises(CheckpointError, match="may not change on resume"):
-        phase.enter(Progress(step=6), total=5)
+    phase, last = plan_phases([stage(0), stage(1)], steps=[5, 4], depth=6)
+    with pytest.raises(CheckpointError, match="may not change its length on resume"):
+        phase.enter(Progress(step=6), total=9)
+    with pytest.raises(CheckpointError, match="now has the steps 5 to 9"):
+        last.enter(Progress(step=4), total=9)
+
+
+def test_the_last_phase_may_be_over():
+    *_, last = plan_phases([stage(0), stage(1)], steps=[5, 4], depth=6)
+    progress = last.enter(Progress(step=11), total=9)
+    assert progress.step == 11 > progress.last == progress.max_steps == 9
 
 
 @pytest.mark.parametrize(("parts", "steps", "key"), [(7, 100, "freezing.parts = 7"), (3, 2, "without a step")])

@@ -1,6 +1,7 @@
 """Runs in stages: schedules, frozen weights, what is left of an old engine, and resuming anywhere."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -118,3 +119,21 @@ def test_an_average_goes_on_through_the_stages(tiny_assets, two_ranks, tmp_path)
     two_ranks.run(distil, tree=tree)
     decays = [record["teacher/decay"] for record in metrics(tmp_path / "run")]
     assert decays == sorted(decays) and len(set(decays)) == 6, "its warm-up does not begin anew"
+
+
+def test_a_teacher_that_was_replaced_is_freed(tiny_assets, two_ranks, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_assets / "teacher", other)
+    student = str(tiny_assets / "teacher")
+    tree = settings(
+        tiny_assets, tmp_path / "run", train__max_steps=None, optim__warmup_steps=0, student__model=student,
+        eval__before=False,
+    )  # fmt: skip
+    tree["student"].pop("teacher_layers")
+    tree["stages"] = [
+        {"name": "one", "steps": 1},
+        {"name": "two", "steps": 1, "set": {"teacher.model": str(other)}},
+        {"name": "three", "steps": 1},
+    ]
+    for answer in two_ranks.run(observed, tree=tree):
+        assert [phase["decoders"] for phase in answer["phases"]] == [1, 1, 1]

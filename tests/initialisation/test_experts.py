@@ -5,14 +5,25 @@ from pathlib import Path
 import pytest
 import torch
 from expert_jobs import initialised, measured
+from families import build, family_config, save
 from moe_models import mixture, save_moe, shape_like
 from safetensors.torch import load_file
 from tiny import make_rows, save_tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from largekd.config.design import DesignConfig
 from largekd.config.initialise import InitialiseConfig
+from largekd.config.router import RouterDistillConfig
 from largekd.distillation.initialise import check_initialise
+from largekd.distillation.router import _check_map, _expert_maps
 from largekd.errors import ConfigError
+from largekd.initialisation.derive import derivations
+from largekd.initialisation.fill import fill_from
+from largekd.initialisation.report import Entry, InitialisationReport
+from largekd.initialisation.sizes import sizes_of
+from largekd.initialisation.width import plain_maps
+from largekd.objectives.layer_maps import LayerPair
+from largekd.planner.design import design_student
 
 DENSE = {"llama": "mixtral", "qwen3": "qwen3_moe"}
 
@@ -170,6 +181,112 @@ def test_all_experts_side_by_side_are_weighted_by_their_load(one_rank, two_ranks
     found = down @ (torch.nn.functional.silu(gate @ hidden.T) * (up @ hidden.T))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert loads[1].weight_X.std() > 0.02
+
+
+def test_experts_side_by_side_are_cut_to_any_width(one_rank, tmp_path):
+    teacher = save_moe(tmp_path / "teacher", "mixtral", seed=2, active=2)
+    config = {"experts": {"to_dense": "concatenate"}}
+    found = {}
+    for width in (4 * 48, 116):
+        student = shape_like(teacher, tmp_path / f"student{width}", "llama", intermediate_size=width)
+        call = {"teacher": str(teacher), "student": str(student), "initialise": config, "watch": True}
+        [(found[width], _)] = one_rank.run(initialised, **call)
+    (loads,) = one_rank.run(measured, folder=str(teacher))
+    experts = AutoModelForCausalLM.from_pretrained(teacher).model.layers[1].mlp.experts
+    order = loads[1].weight_X.argsort(descending=True).tolist()
+    expected = torch.cat([experts.gate_up_proj[expert, :48] for expert in order])
+    for width, weights in found.items():
+        torch.testing.assert_close(weights["model.layers.1.mlp.gate_proj.weight"], expected[:width])
+        assert weights["model.layers.1.mlp.down_proj.weight"].shape == (32, width)
+
+
+def test_a_split_leaves_neurons_out_that_do_not_fill_a_slice(one_rank, tmp_path):
+    teacher = save_dense(tmp_path / "teacher", "llama")
+    student = shape_like(
+        teacher, tmp_path / "student", "mixtral", **mixture(experts=4, active=2, width=0), intermediate_size=28
+    )
+    call = {"teacher": str(teacher), "student": str(student), "initialise": {"experts": {"from_dense": "split"}}}
+    [(weights, _)] = one_rank.run(initialised, **call)
+    gate = AutoModelForCausalLM.from_pretrained(teacher).model.layers[1].mlp.gate_proj.weight
+    found = weights["model.layers.1.mlp.experts.gate_up_proj"][:, :28]
+    for expert in range(4):
+        torch.testing.assert_close(found[expert], gate[28 * (expert % 2) :][:28], rtol=0, atol=0)
+
+
+MIXTURES = {
+    "mixtral": {"hidden_size": 4096, "intermediate_size": 14336, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", [None, 0.04, 0.06])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_designed_dense_students_of_a_mixture_can_be_initialised(family, ratio):
+    shape = {"num_hidden_layers": 24, "num_attention_heads": 32, "num_key_value_heads": 4, "vocab_size": 32000}
+    teacher = AutoConfig.for_model(family, **shape, **MIXTURES[family], head_dim=128)
+    made = design_student(teacher.to_dict(), design=DesignConfig(experts=0, ratio=ratio, keep="depth")).config
+    student, width = AutoConfig.for_model(**made), sizes_of(teacher).ffn
+    side_by_side, averaged = (
+        InitialiseConfig.model_validate({"experts": {"to_dense": rule}}) for rule in ("concatenate", "average")
+    )
+    if student.intermediate_size >= width:
+        check_initialise(side_by_side, teacher=teacher, student=student)
+    if student.intermediate_size <= width:
+        check_initialise(averaged, teacher=teacher, student=student)
+    else:
+        with pytest.raises(ConfigError, match=r"(?s)'concatenate', which puts .*\(student\.design\.mlp_width"):
+            check_initialise(averaged, teacher=teacher, student=student)
+
+
+def test_ordinary_layers_among_experts_have_a_width_of_their_own(tmp_path):
+    shape = {"mlp_only_layers": [0], "num_hidden_layers": 3, "norm_topk_prob": True}
+    wide = family_config("qwen3_moe", **shape)
+    narrow = family_config("qwen3_moe", **shape, moe_intermediate_size=8, intermediate_size=24)
+    check_initialise(InitialiseConfig(), teacher=wide, student=narrow)
+    teacher, student = build(wide, seed=1), build(narrow, seed=2)
+    maps = plain_maps(teacher=sizes_of(wide), student=sizes_of(narrow), layers=range(3), even=False, gain=0.0)
+    made = derivations(student, maps=maps, teacher_config=wide, seed=0)
+    fill_from(student, derivations=made, folder=save(teacher, tmp_path), rank=0, seed=0)
+    theirs, ours = teacher.model.layers, student.model.layers
+    assert torch.equal(ours[0].mlp.down_proj.weight, theirs[0].mlp.down_proj.weight[:, :24])
+    assert torch.equal(ours[1].mlp.experts.down_proj, theirs[1].mlp.experts.down_proj[:, :, :8])
+    wider = family_config("qwen3_moe", **shape, moe_intermediate_size=8, intermediate_size=64)
+    with pytest.raises(ConfigError, match="the MLP of the student's layer 0 has 64 neurons"):
+        check_initialise(InitialiseConfig(), teacher=wide, student=wider)
+
+
+def test_the_report_says_which_experts_correspond(one_rank, tmp_path):
+    teacher = save_moe(tmp_path / "teacher", "mixtral", seed=2, active=2)
+    (loads,) = one_rank.run(measured, folder=str(teacher))
+    for rule, experts in (({"fewer": [3, 1]}, 2), ({"fewer": "most_used"}, 3), ({"fewer": "merge"}, 2), ({}, 8)):
+        shape = mixture(experts=experts, active=2, width=0)
+        student = shape_like(teacher, tmp_path / f"student{experts}", "mixtral", **shape)
+        call = {"teacher": str(teacher), "student": str(student), "initialise": {"experts": rule}, "watch": True}
+        [(weights, report)] = one_rank.run(initialised, **call)
+        assert report["expert_map"].keys() == {"0", "1"}
+        found = report["expert_map"]["1"]
+        _check_map(found, student=experts, teacher=4, layer=1)
+        down = AutoModelForCausalLM.from_pretrained(teacher).model.layers[1].mlp.experts.down_proj
+        made = weights["model.layers.1.mlp.experts.down_proj"]
+        if experts > 4:
+            assert all(torch.equal(made[place], down[old]) for place, old in enumerate(found))
+            continue
+        for group in range(experts):
+            members = [old for old, place in enumerate(found) if place == group]
+            share = loads[1].weight_X[members]
+            mixed = torch.einsum("m,mdj->dj", share / share.sum(), down[members])
+            torch.testing.assert_close(made[group], mixed, rtol=1e-4, atol=1e-5)
+        assert (-1 in found) == (rule["fewer"] != "merge")
+
+
+def test_the_table_of_experts_is_a_file_that_routers_take(tmp_path):
+    report = InitialisationReport(entries=(Entry("a", (2,), (), "drawn", 0.0),), expert_map={"0": [0, -1, 1]})
+    report.write(tmp_path)
+    distil = RouterDistillConfig(weight=1.0, expert_map=str(tmp_path / "expert_map.json"))
+    assert _expert_maps(distil, layers=[LayerPair(0, 2)]) == {0: (0, -1, 1)}
 
 
 def test_loads_are_those_of_real_positions_on_any_ranks(one_rank, two_ranks, tmp_path):

@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import torch
 from calibration_jobs import student_weights
+from families import family_config
 from pool import RankPool
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from largekd.config.initialise import InitialiseConfig
+from largekd.distillation.initialise import check_initialise
 from largekd.errors import ConfigError
 from largekd.initialisation.importance import importance_maps, important_heads, most_important
 from largekd.initialisation.sizes import Sizes
@@ -130,13 +133,46 @@ def test_the_greatest_are_kept_in_their_order() -> None:
 def test_queries_stay_with_their_keys() -> None:
     scores = torch.tensor([5.0, 0.0, 0.0, 4.0, 4.0, 4.0, 1.0, 1.0, 9.0])
     heads, groups = important_heads(scores, teacher_groups=3, heads=4, groups=2)
-    assert groups.tolist() == [1, 2]
+    assert groups.index_N.tolist() == [1, 2]
     assert heads.tolist() == [3, 4, 6, 8]
     heads, groups = important_heads(scores, teacher_groups=3, heads=3, groups=3)
-    assert groups.tolist() == [0, 1, 2]
+    assert groups.index_N.tolist() == [0, 1, 2]
     assert heads.tolist() == [0, 3, 8]
-    with pytest.raises(ConfigError, match="4 on each; the teacher has 3 on each"):
-        important_heads(scores, teacher_groups=3, heads=4, groups=1)
+
+
+def test_more_queries_on_a_key_come_from_neighbours_whose_keys_are_averaged() -> None:
+    scores = torch.tensor([5.0, 0.0, 0.0, 4.0, 4.0, 4.0, 1.0, 1.0, 9.0])
+    # Of three key heads with three queries each, two in one window; a third stands alone and is left out.
+    heads, keys = important_heads(scores, teacher_groups=3, heads=4, groups=1)
+    assert heads.tolist() == [0, 3, 4, 5]
+    assert keys.matrix_NM.tolist() == [[0.5, 0.5, 0]]
+    # Two windows of two must overlap.
+    heads, keys = important_heads(scores, teacher_groups=3, heads=8, groups=2)
+    assert heads.tolist() == [0, 3, 4, 5, 3, 4, 5, 8]
+    assert keys.matrix_NM.tolist() == [[0.5, 0.5, 0], [0, 0.5, 0.5]]
+    # The window of the greatest sum is chosen.
+    heads, keys = important_heads(torch.tensor([0.0, 1, 2, 3]), teacher_groups=4, heads=2, groups=1)
+    assert heads.tolist() == [2, 3] and keys.matrix_NM.tolist() == [[0, 0, 0.5, 0.5]]
+
+
+@pytest.mark.parametrize("rule", ["importance", "pca"])
+def test_what_cannot_be_chosen_is_refused_before_the_teacher_is_measured(rule: str) -> None:
+    teacher = family_config("llama", tie_word_embeddings=False)
+    config = InitialiseConfig(width=rule)
+    for heads, keys in ((4, 1), (2, 1), (2, 2)):
+        student = family_config("llama", tie_word_embeddings=False, num_attention_heads=heads, num_key_value_heads=keys)
+        check_initialise(config, teacher=teacher, student=student)
+    repeated = family_config("llama", tie_word_embeddings=False, num_key_value_heads=4)
+    with pytest.raises(ConfigError, match="4 query heads on 4 key heads, which cannot be chosen"):
+        check_initialise(config, teacher=teacher, student=repeated)
+    check_initialise(InitialiseConfig(), teacher=teacher, student=repeated)
+
+
+def test_narrower_experts_are_refused_before_the_teacher_is_measured() -> None:
+    teacher, student = family_config("mixtral"), family_config("mixtral", intermediate_size=24)
+    with pytest.raises(ConfigError, match="experts have no activations in common"):
+        check_initialise(InitialiseConfig(width="importance"), teacher=teacher, student=student)
+    check_initialise(InitialiseConfig(width="truncate"), teacher=teacher, student=student)
 
 
 def test_a_layer_without_one_mlp_is_refused() -> None:

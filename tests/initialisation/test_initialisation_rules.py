@@ -12,12 +12,13 @@ from largekd.config.initialise import InitialiseConfig
 from largekd.config.load import parse_config
 from largekd.distillation.initialise import check_initialise
 from largekd.errors import ConfigError
+from largekd.initialisation import axes, fill
 from largekd.initialisation.axes import Mix, Select, StudentMaps
 from largekd.initialisation.derive import derivations
 from largekd.initialisation.fill import fill_from
 from largekd.initialisation.layers import LAYER_RULES, check_depth
 from largekd.initialisation.roles import axes_of
-from largekd.initialisation.sizes import Sizes
+from largekd.initialisation.sizes import Sizes, sizes_of
 from largekd.initialisation.width import head_maps, interpolated, plain_maps, truncated
 
 
@@ -42,6 +43,24 @@ def test_layer_rules(rule, count, expected):
     assert LAYER_RULES[rule](count, depth=30) == expected
 
 
+@pytest.mark.parametrize("dim", [0, 1, 2, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_mixtures_and_blends_are_products_with_their_matrix(monkeypatch, dim, dtype):
+    torch.manual_seed(0)
+    value = torch.randn(5, 5, 5).to(dtype)
+    blend, matrix = interpolated(5, 3), torch.randn(3, 5)
+    of_blend = torch.zeros(3, 5)
+    for row, (below, above, share) in enumerate(zip(blend.below_N, blend.above_N, blend.share_N, strict=True)):
+        of_blend[row, below] += 1 - share
+        of_blend[row, above] += share
+    for map_, by in ((blend, of_blend), (Mix(matrix), matrix)):
+        expected = torch.tensordot(by, value.float(), dims=([1], [dim])).movedim(0, dim).to(dtype)
+        torch.testing.assert_close(map_.apply(value, dim=dim), expected)
+        # A few rows at a time.
+        monkeypatch.setattr(axes, "_PART", 15)
+        torch.testing.assert_close(map_.apply(value, dim=dim), expected)
+
+
 @pytest.mark.parametrize("rule", sorted(LAYER_RULES))
 def test_every_rule_takes_as_many_different_layers_as_it_is_asked_for(rule):
     for depth in range(1, 14):
@@ -57,9 +76,9 @@ def test_truncation_and_resampling_of_an_axis():
     assert interpolated(7, 4).apply(old, dim=1).tolist() == [[0, 2, 4, 6]]
     torch.testing.assert_close(interpolated(7, 5).apply(old.T, dim=0), torch.tensor([[0, 1.5, 3, 4.5, 6]]).T)
     assert interpolated(7, 1).apply(old, dim=1).tolist() == [[0]]
-    torch.testing.assert_close(interpolated(9, 4).matrix_NM.sum(1), torch.ones(4))
+    torch.testing.assert_close(interpolated(9, 4).apply(torch.ones(2, 9, 3), dim=1), torch.ones(2, 4, 3))
     same = interpolated(6, 6)
-    assert torch.equal(same.matrix_NM, torch.eye(6))
+    assert torch.equal(same.apply(torch.eye(6), dim=0), torch.eye(6))
 
 
 @pytest.mark.parametrize(
@@ -211,3 +230,17 @@ def test_the_launcher_needs_an_initialisation_and_says_so(tmp_path):
     with pytest.raises(ConfigError, match=r"student\.initialise is null"):
         write_student(parse_config(tree), output=str(tmp_path / "student"))
     assert not (tmp_path / "student").exists()
+
+
+def test_a_head_that_is_the_embedding_is_not_drawn(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(fill, "_draw", lambda _model, module, *, seed: drawn.append(type(module).__name__))
+    for tied, expected in ((True, ["Linear"]), (False, ["Linear", "Linear"])):
+        config = family_config("llama", tie_word_embeddings=tied)
+        teacher, student = build(config, seed=1), build(config, seed=2)
+        maps = plain_maps(teacher=sizes_of(config), student=sizes_of(config), layers=range(3), even=False, gain=0)
+        given = {name: None for name in ("model.layers.1.mlp.up_proj.weight", *([] if tied else ["lm_head.weight"]))}
+        made = derivations(student, maps=maps, teacher_config=config, seed=0, given=given)
+        fill_from(student, derivations=made, folder=save(teacher, tmp_path / str(tied)), rank=0, seed=0)
+        assert drawn == expected
+        drawn.clear()

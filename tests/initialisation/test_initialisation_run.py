@@ -7,6 +7,7 @@ import pytest
 import torch
 from initialisation_jobs import filled_weights, write_student_folder
 from placements import needs_libaio, offload
+from pool import RankError
 from safetensors.torch import load_file
 from tiny_run import distil, distil_until, metrics, settings
 
@@ -102,3 +103,33 @@ def test_the_launcher_writes_a_plain_folder_that_a_run_starts_from(two_ranks, tr
     loaded["student"] = {"model": str(output), "deepspeed": made["student"]["deepspeed"]}
     through = two_ranks.run(distil, tree=loaded)[0]
     assert through["eval"]["before"] == direct["eval"]["before"]
+
+
+@pytest.mark.parametrize("inside", ["notes.txt", "initialisation.json", "config.json"])
+def test_the_launcher_replaces_nothing_but_an_earlier_student(one_rank, tree, tmp_path, inside):
+    output = tmp_path / "mine"
+    output.mkdir()
+    (output / inside).write_text("precious")
+    with pytest.raises(RankError, match="is no student that was made here"):
+        one_rank.run(write_student_folder, tree=tree(), output=str(output))
+    assert (output / inside).read_text() == "precious"
+
+
+def test_the_launcher_does_not_write_over_a_model_it_reads(one_rank, tree, tmp_path):
+    first = tmp_path / "first"
+    made = tree()
+    one_rank.run(write_student_folder, tree=made, output=str(first))
+    # An earlier student may be replaced, but not while it is the teacher.
+    one_rank.run(write_student_folder, tree=made, output=str(first))
+    again = tree("again", teacher__model=str(first))
+    again["student"]["config"] = str(first / "config.json")
+    before = (first / "config.json").read_bytes()
+    with pytest.raises(RankError, match="would be deleted"):
+        one_rank.run(write_student_folder, tree=again, output=str(first))
+    assert (first / "config.json").read_bytes() == before and (first / "model.safetensors").is_file()
+
+
+def test_an_output_where_nothing_can_be_written_is_refused_before_work(one_rank, tree, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RankError, match=r"nothing can be written in .*file"):
+        one_rank.run(write_student_folder, tree=tree(), output=str(tmp_path / "file" / "student"))

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibration_jobs import student_weights
+from calibration_jobs import moment_of_rank, rotated_by_own_moment, student_weights
 from initialisation.test_importance import SHAPE, logits, smaller
 from pool import RankPool
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from largekd.errors import ConfigError
-from largekd.initialisation.rotation import ROTATABLE, check_rotatable, principal_directions
+from largekd.initialisation.rotation import ROTATABLE, check_positions, check_rotatable, principal_directions
 
 
 def random_teacher(folder: Path, *, model_type: str, tied: bool, directions_DK: Tensor | None = None) -> Path:
@@ -74,6 +74,20 @@ def test_directions_are_orthonormal_and_take_the_greatest_moments() -> None:
     assert energy == pytest.approx(9.0)
     for place, column in enumerate((0, 2, 5)):
         assert float((directions[:, place] @ basis[:, column]).abs()) == pytest.approx(1.0)
+
+
+def test_every_rank_has_the_directions_of_the_first(two_ranks: RankPool) -> None:
+    first, second = two_ranks.run(rotated_by_own_moment, width=3)
+    assert torch.equal(first[0], second[0]) and first[1] == second[1]
+    alone, energy = principal_directions(moment_of_rank(0), width=3)
+    torch.testing.assert_close(first[0], alone.T.float())
+    assert first[1] == pytest.approx((energy / 3) ** 0.5)
+
+
+def test_less_text_than_directions_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"7 positions were measured.*raise student\.initialise\.calibration_rows"):
+        check_positions(7.0, width=8)
+    check_positions(8.0, width=8)
 
 
 def test_families_that_cannot_be_rotated_and_tied_students_are_refused() -> None:

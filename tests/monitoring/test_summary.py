@@ -117,3 +117,10 @@ def test_a_full_disk_keeps_the_old_summary(tmp_path: Path, monkeypatch: pytest.M
         replace(SUMMARY, steps=1).write(path)
     assert path.read_bytes() == before
     assert [child.name for child in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_figures_that_are_not_comparable_are_left_out_and_it_says_why():
+    noted = replace(SUMMARY, before=None, note="other tokens").as_mapping()
+    lines = render_summary(noted).splitlines()
+    assert [line.split("  ")[0] for line in lines if "not comparable" in line] == ["student, before"]
+    assert "other tokens" in lines and noted["note"] == "other tokens"

@@ -61,6 +61,18 @@ def test_biases_and_norms_are_not_decayed_unless_their_group_says_so():
     }
 
 
+def test_a_group_may_be_frozen_whole_by_a_schedule():
+    weights = named()
+    may_learn = {name: True for name, _ in weights}
+    for name, weight in weights:
+        weight.requires_grad_(".mlp." not in name)
+    config = OptimConfig.model_validate({"groups": [MLP]})
+    groups = {group.name: group for group in build_groups(weights, config=config, may_learn=may_learn)}
+    assert "mlp" not in groups and all(".mlp." in name for name in groups[ALREADY_FROZEN].parameter_names)
+    with pytest.raises(ConfigError, match="claims parameters that are frozen"):
+        build_groups(weights, config=config)
+
+
 def test_a_group_may_have_its_own_betas_and_eps():
     groups = grouped(betas=(0.8, 0.9), eps=1e-6, groups=[{**MLP, "betas": [0.5, 0.6], "eps": 1e-4}])
     assert (groups["mlp"].betas, groups["mlp"].eps) == ((0.5, 0.6), 1e-4)

@@ -7,6 +7,7 @@ import torch
 
 from largekd.config.load import parse_config
 from largekd.config.lora import LoraConfig
+from largekd.errors import ConfigError
 from largekd.planner.adapters import adapter_count
 from largekd.planner.plan import plan
 from largekd.planner.shapes import read_shape
@@ -23,6 +24,7 @@ FAMILIES = {
     "llama": {},
     "qwen3": {"head_dim": 16},
     "phi3": {"pad_token_id": 0},
+    "gpt_neox": {},
     "qwen3_moe": {
         "head_dim": 8,
         "moe_intermediate_size": 16,
@@ -31,6 +33,7 @@ FAMILIES = {
         "mlp_only_layers": [1],
     },
 }
+PATTERNS = {"phi3": {"pattern": "proj$"}, "gpt_neox": {"pattern": r"attention\.dense$|mlp\."}}
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -40,16 +43,24 @@ def test_the_count_is_that_of_the_model_itself(model_type, lora):
     from peft import inject_adapter_in_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from largekd.models.build import layers_path
     from largekd.models.lora import _peft_config, lora_targets
 
     tree = COMMON | FAMILIES[model_type]
-    config = LoraConfig.model_validate(lora | ({"pattern": "proj$"} if model_type == "phi3" else {}))
+    config = LoraConfig.model_validate(lora | PATTERNS.get(model_type, {}))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **tree), dtype=torch.float32)
     for index, names in lora_targets(model, config=config).items():
-        inject_adapter_in_model(_peft_config(config, targets=names), model.model.layers[index])
+        inject_adapter_in_model(_peft_config(config, targets=names), model.get_submodule(layers_path(model))[index])
     expected = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
     assert expected > 0
     assert adapter_count(read_shape({"model_type": model_type, **tree}), config=config) == expected
+
+
+def test_a_pattern_that_finds_nothing_is_refused_with_the_familys_names():
+    shape = read_shape({"model_type": "gpt_neox", **COMMON})
+    with pytest.raises(ConfigError, match=r"pattern = 'q_proj'.* gpt_neox\.layers\.0\.attention\.query_key_value"):
+        adapter_count(shape, config=LoraConfig(pattern="q_proj"))
+    assert adapter_count(shape, config=None) is None
 
 
 def test_only_adapters_have_optimizer_state_and_the_base_teaches_for_nothing(tmp_path):

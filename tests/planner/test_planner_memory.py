@@ -7,6 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from largekd.config.load import parse_config
+from largekd.config.render import config_to_mapping
 from largekd.config.run import RunConfig
 from largekd.errors import ConfigError
 from largekd.planner.memory import layer_activation_bytes, peak_bytes
@@ -55,6 +56,26 @@ def size(made: Plan, *, role: str, name: str, place: str | None = None) -> int:
         for term in made.terms
         if term.role == role and name in term.name and (place is None or term.place == place)
     )
+
+
+@pytest.mark.parametrize(("keep", "parts"), [(False, 4), (True, 12)])
+def test_what_is_carried_at_a_switch_is_in_host_memory(teacher_folder: Path, keep: bool, parts: int) -> None:
+    stages = [{"name": "one", "steps": 2}, {"name": "two", "steps": 2, "keep_optimizer": keep}]
+    tree = config_to_mapping(configured(teacher_folder)) | {"stages": stages}
+    tree["train"] = {**tree["train"], "max_steps": None}
+    tree["optim"] = {**tree["optim"], "warmup_steps": 0}
+    made = plan_record(parse_config(tree), world_size=2)
+    (carried,) = (term for term in made["terms"] if term["name"] == "carried at a switch")
+    assert (carried["place"], carried["phase"]) == ("host", "switch")
+    assert carried["bytes"] == -(-made["student"]["parameters"] // 2) * parts
+    assert not any("switch" in term["phase"] for term in plan_record(configured(teacher_folder), world_size=2)["terms"])
+
+
+def test_freezing_carries_moments(teacher_folder: Path) -> None:
+    tree = config_to_mapping(configured(teacher_folder, max_steps=8)) | {"freezing": {"parts": 2}}
+    made = plan_record(parse_config(tree), world_size=2)
+    sizes = {term["name"]: term["bytes"] for term in made["terms"] if term["role"] == "student"}
+    assert sizes["carried at a switch"] == sizes["Adam moments"] * 3 // 2
 
 
 def test_shards_shrink_with_ranks_and_state_follows_the_precision(teacher_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import design_student
 import pytest
@@ -155,3 +156,19 @@ def test_sizes_as_people_write_them(read, text, expected):
 def test_sizes_that_are_none(read, text):
     with pytest.raises(argparse.ArgumentTypeError):
         read(text)
+
+
+def test_the_tokenizer_of_a_hub_model_is_that_of_its_folder(teacher, tmp_path, monkeypatch):
+    # A stray file of the folder in which the command is given is nobody's.
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("stray")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("tiny", "maker/tiny"):
+        snapshots = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (snapshots / "refs").mkdir(parents=True)
+        (snapshots / "refs/main").write_text("abc")
+        shutil.copytree(teacher, snapshots / "snapshots/abc")
+        out = tmp_path / "made" / name
+        assert design_student.main([name, "--ratio", "0.5", "--output", str(out)]) == 0
+        copied = {"config.json", "tokenizer.json", "chat_template.jinja", "merges.txt"}
+        assert {path.name for path in out.iterdir()} == copied

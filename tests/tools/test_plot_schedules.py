@@ -134,3 +134,15 @@ def test_neither_torch_nor_matplotlib_is_imported_for_a_table(recipe: Path, repo
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_a_stage_has_its_own_table(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = "[{name: one, steps: 2}, {name: two, steps: 3, set: {objective.alpha: 0.25}}]"
+    given = [str(recipe), "train.max_steps=null", f"stages={stages}", "--table"]
+    lengths = []
+    for more in ([], ["--stage", "two"]):
+        assert plot_schedules.main([*given, *more]) == 0
+        lengths.append(len(capsys.readouterr().out.splitlines()))
+    assert lengths[1] == lengths[0] + 1
+    assert plot_schedules.main([*given, "--stage", "three"]) == 2
+    assert "--stage 'three': the stages of this run are 'one', 'two'" in capsys.readouterr().err

@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from initialisation.families import build, family_config
 from make_tiny_model import Shape, make_model
 from pool import RankPool
+from safetensors.torch import save_file
 from tiny_run import distil, settings
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trim_vocabulary import REPORT, main, trim_model
@@ -36,6 +39,30 @@ def test_logits_of_kept_tokens_stay(tiny_assets: Path, tmp_path: Path, tied: boo
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert trimmed.config.eos_token_id == tokenizer.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert GenerationConfig.from_pretrained(output).eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_head_that_is_stored_under_another_name_is_trimmed_too(tmp_path: Path) -> None:
+    config = family_config("gpt_neox", tie_word_embeddings=False)
+    model = build(config, seed=1)
+    source, target = tmp_path / "source", tmp_path / "trimmed"
+    model.save_pretrained(source)
+    target.mkdir()
+    cut = trim_weights(source, target=target, config=config, kept_V=np.arange(0, 67, 2))
+    assert cut == {"gpt_neox.embed_in.weight": [34, 32], "embed_out.weight": [34, 32]}
+    family_config("gpt_neox", tie_word_embeddings=False, vocab_size=34).save_pretrained(target)
+    trimmed, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
+    assert not info["missing_keys"] and not info["mismatched_keys"]
+    ids = torch.arange(34)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(trimmed(ids).logits, model(2 * ids).logits[..., ::2], rtol=0, atol=1e-6)
+
+
+def test_a_folder_without_its_head_is_refused(tmp_path: Path) -> None:
+    config = family_config("llama", tie_word_embeddings=False)
+    weights = {name: value.clone() for name, value in build(config, seed=1).named_parameters() if "head" not in name}
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="no tensor of the vocabulary's head"):
+        trim_weights(tmp_path, target=tmp_path, config=config, kept_V=np.arange(9))
 
 
 def test_the_trimmed_model_learns_from_the_whole_one(two_ranks: RankPool, tiny_assets: Path, tmp_path: Path) -> None:
