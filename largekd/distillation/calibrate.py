@@ -55,7 +55,7 @@ class Calibration:
     def release(self) -> None:
         """Let a teacher go that was loaded to be measured alone: the student is filled in its place."""
         # A sharded model is full of cycles: until they are collected its shards stay.
-        if self.__dict__.pop("_decoder", None) is not None and self._given is None:
+        if self.__dict__.pop("_teacher", None) is not None and self.decoder is None:
             gc.collect()
 
     def _batches(self) -> Iterator[Batch]:
