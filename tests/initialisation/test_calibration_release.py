@@ -28,7 +28,7 @@ def test_a_loaded_teacher_is_freed(monkeypatch):
 
     monkeypatch.setattr(Calibration, "_loaded", loaded)
     measures = calibration(None)
-    assert measures._decoder is alive[0]()
+    assert measures._teacher is alive[0]()
     measures.release()
     assert alive[0]() is None
     measures.release()
@@ -39,6 +39,6 @@ def test_a_teacher_that_the_run_goes_on_with_stays(monkeypatch):
     monkeypatch.setattr(Calibration, "_loaded", lambda self: pytest.fail("nothing is to be loaded"))
     teacher = Cyclic()
     measures = calibration(teacher)
-    assert measures._decoder is teacher
+    assert measures._teacher is teacher
     measures.release()
-    assert measures._decoder is teacher
+    assert measures._teacher is teacher

@@ -66,7 +66,7 @@ def test_what_was_sent_and_not_answered_is_uncertain():
         ("7", 7, 7),
         ("0.5", 0.5, 0.5),
         ("-3", 0, 0),
-        (format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True), 7000, 7200),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=2), usegmt=True), 1, 7200),
         (format_datetime(datetime.now(UTC) - timedelta(hours=2), usegmt=True), 0, 0),
     ],
 )
