@@ -3,7 +3,8 @@
 python tools/curate.py JOB_FOLDER [curation.KEY=VALUE ...] [--config FILE]
 
 JOB_FOLDER is output.dir of launch/generate.py. Settings are those of the job (its job.json), or of FILE, with the given
-keys replaced, such as curation.verify.kind=numeric. The folder `data` in it is replaced at once when all is done.
+keys replaced, such as curation.verify.kind=numeric. Verdicts of the configured judge that the folder holds count;
+nothing is judged anew. The folder `data` in it is replaced at once when all is done.
 """
 
 import argparse
@@ -17,7 +18,7 @@ if importlib.util.find_spec("largekd") is None:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 if TYPE_CHECKING:
-    from largekd.config.curation import CurationConfig
+    from largekd.config.generate import GenerateConfig
 
 SECTION = "curation."
 
@@ -27,14 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output.dir of the job")
     parser.add_argument("overrides", nargs="*", metavar="curation.KEY=VALUE", help="replaces a setting")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a recipe whose section `curation` is used")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a recipe whose `curation` and `judge` are used")
     options = parser.parse_intermixed_args(arguments)
-    from largekd.curation.pipeline import DATA_FOLDER, curate, tell
+    from largekd.curation.pipeline import DATA_FOLDER, tell
     from largekd.errors import LargeKDError
+    from largekd.factory.judged_data import curate_job
 
     try:
         config = settings(options.folder, recipe=options.config, overrides=options.overrides)
-        summary = curate(options.folder, config=config)
+        summary = curate_job(options.folder, config=config.curation, judge=config.judge)
     except LargeKDError as error:
         sys.stderr.write(f"curate.py: {error}\n")
         return 2
@@ -42,8 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def settings(folder: Path, *, recipe: Path | None, overrides: list[str]) -> "CurationConfig":
-    """The section `curation` of the recipe, or else of the job, with overrides. Errors: ConfigError, DataError."""
+def settings(folder: Path, *, recipe: Path | None, overrides: list[str]) -> "GenerateConfig":
+    """The recipe, or else what the job was, with overrides. Errors: ConfigError, DataError."""
     from largekd.config.generate import GenerateConfig
     from largekd.config.load import load_record, parse_record
     from largekd.config.render import render_config
@@ -53,13 +55,13 @@ def settings(folder: Path, *, recipe: Path | None, overrides: list[str]) -> "Cur
     if other:
         raise ConfigError(f"override {other[0]!r}: the answers are written; only keys of `curation` can change now.")
     if recipe is not None:
-        return load_record(GenerateConfig, path=recipe, overrides=overrides).curation
+        return load_record(GenerateConfig, path=recipe, overrides=overrides)
     job = parse_record(GenerateConfig, mapping=job_config(folder))
     with tempfile.TemporaryDirectory() as scratch:
         # Written out as a recipe, so that overrides mean what they mean there.
         path = Path(scratch) / "job.yaml"
         path.write_text(render_config(job), encoding="utf-8")
-        return load_record(GenerateConfig, path=path, overrides=overrides).curation
+        return load_record(GenerateConfig, path=path, overrides=overrides)
 
 
 def job_config(folder: Path) -> dict[str, object]:

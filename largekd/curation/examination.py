@@ -1,10 +1,14 @@
 """What is found in answers: parsed texts, verdicts, spans."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple, Protocol, TypedDict
 
 from largekd.curation.answer_shards import Answer
 from largekd.curation.records import Parsed, Verdict
+
+# Rows that are examined together, so that programs can run beside each other.
+_ROWS_TOGETHER = 64
 
 
 class Span(TypedDict):
@@ -33,3 +37,12 @@ class Examiner(Protocol):
     def spans(self, parsed: Parsed, text: str) -> list[Span]:
         """Where `parsed` stands in its text."""
         ...
+
+
+def examine_rows(rows: Iterable[Sequence[Answer]], *, examiner: Examiner) -> Iterator[list[tuple[Answer, Examined]]]:
+    """The answers of each row with what is found in them, row by row; many rows are examined at the same time."""
+    left = iter(rows)
+    while together := list(islice(left, _ROWS_TOGETHER)):
+        found = iter(examiner.examine([answer for row in together for answer in row]))
+        for row in together:
+            yield [(answer, next(found)) for answer in row]

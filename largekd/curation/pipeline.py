@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from largekd.config.curation import CurationConfig
 from largekd.curation.answer_shards import Answer
 from largekd.curation.card import Split, write_card
 from largekd.curation.dataset import json_line, records, without_target, write_parquet
-from largekd.curation.examination import Examiner
+from largekd.curation.examination import Examiner, examine_rows
 from largekd.curation.filters import Filter, apply_filters
 from largekd.curation.ordering import OrderedAnswers, canonical
 from largekd.curation.records import Curated
@@ -46,8 +45,16 @@ SUMMARY_FILE = "curation.json"
 TRAIN_FILE = "train.jsonl"
 EVAL_FILE = "eval.jsonl"
 DROPPED_FILE = "dropped.jsonl"
-# Rows that are examined together, so that programs can run beside each other.
-_ROWS_TOGETHER = 64
+
+
+def check_settings(config: CurationConfig) -> None:
+    """Find out before the answers are written what would stop their curation. Errors: ConfigError, DataError."""
+    from largekd.curation.standard_examiner import StandardExaminer
+
+    _check(config)
+    build_filters(config)
+    with StandardExaminer(config):
+        pass
 
 
 def curate(folder: Path, *, config: CurationConfig, examiner: Examiner | None = None) -> dict[str, Any]:
@@ -125,18 +132,13 @@ def _curated(
     answers: OrderedAnswers, *, config: CurationConfig, filters: Sequence[tuple[str, Filter]], output: "_Output"
 ) -> Iterator[list[Curated]]:
     """Every row's answers with their verdicts, scores and rules."""
-    rows = answers.rows()
-    while together := list(islice(rows, _ROWS_TOGETHER)):
-        flat = [answer for row in together for answer in row]
-        found = iter(output.examiner.examine(flat))
-        for row in together:
-            group = []
-            for ask, written in row:
-                parsed, verdict = next(found)
-                rule, note = gate(written, parsed=parsed, verdict=verdict, config=config)
-                curated = Curated(ask, written, parsed, verdict, dropped_by=rule, note=note)
-                group.append(without_target(curated, config=config.dataset))
-            yield apply_filters(group, filters=filters)
+    for row in examine_rows(answers.rows(), examiner=output.examiner):
+        group = []
+        for (ask, written), (parsed, verdict) in row:
+            rule, note = gate(written, parsed=parsed, verdict=verdict, config=config)
+            curated = Curated(ask, written, parsed, verdict, dropped_by=rule, note=note)
+            group.append(without_target(curated, config=config.dataset))
+        yield apply_filters(group, filters=filters)
 
 
 class _Output:

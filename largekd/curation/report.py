@@ -83,6 +83,8 @@ def _draw(path: Path, *, statistics: Statistics, rules: Sequence[str]) -> None:
     edges = [place / RATE_BINS for place in range(RATE_BINS)]
     heights = [statistics.pass_rates[place] for place in range(RATE_BINS)]
     low_left.bar(edges, heights, width=0.9 / RATE_BINS, align="edge")
+    low_left.set_xlim(0, 1)
+    low_left.set_ylim(0, max(1, *heights) * 1.05)
     low_left.set(title="rows by pass rate", xlabel="share of verified answers that are right", ylabel="rows")
     names = sorted(statistics.templates)
     places = list(range(len(names)))

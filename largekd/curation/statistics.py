@@ -26,6 +26,8 @@ class Statistics:
     rows_kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
+    verified_by: Counter[str] = field(default_factory=Counter)
+    """Verdicts other than unknown by what gave them: a rule's name, or judge."""
     finishes: Counter[str] = field(default_factory=Counter)
     templates: Counter[str] = field(default_factory=Counter)
     templates_kept: Counter[str] = field(default_factory=Counter)
@@ -55,6 +57,8 @@ class Statistics:
     def _add(self, row: Curated) -> None:
         self.answers += 1
         self.outcomes[row.verdict.outcome] += 1
+        if row.verdict.outcome != "unknown":
+            self.verified_by[row.verdict.how] += 1
         self.finishes[row.written.finish] += 1
         self.templates[row.ask.template] += 1
         self.score_names.update(row.scores)
@@ -109,6 +113,7 @@ class Statistics:
             "rows_kept": self.rows_kept,
             "dropped": dict(sorted(self.dropped.items())),
             "outcomes": dict(sorted(self.outcomes.items())),
+            "verified_by": dict(sorted(self.verified_by.items())),
             "finishes": dict(sorted(self.finishes.items())),
             "templates": {
                 name: {"written": count, "kept": self.templates_kept[name]}

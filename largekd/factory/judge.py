@@ -8,10 +8,11 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from largekd.config.generate import JudgeConfig
-from largekd.curation.answer_shards import Answer, read_answers
+from largekd.curation.answer_shards import RAW_FOLDER, Answer, read_answers
+from largekd.curation.examination import Examined, Examiner, Span, examine_rows
+from largekd.curation.judge import judge_verdict
 from largekd.curation.records import Ask, Draw, Item, Parsed, Verdict, Written
 from largekd.factory.asks import seed_of
 from largekd.factory.plan import Stage
@@ -33,31 +34,24 @@ class JudgeStage(Stage):
         return JUDGE_FOLDER
 
 
-class Examines(Protocol):
-    """Finds out what is in a row's answers; see curation."""
-
-    def examine(self, item: Item, written: Sequence[Written]) -> list[tuple[Parsed, Verdict]]:
-        """Contents and verdict of each of a row's answers."""
-        ...
+def read_judgement(written: Written) -> Verdict:
+    """What a judge's text says, as a ReadVerdict."""
+    return judge_verdict(written.text, finish=written.finish)
 
 
-def open_keys(answers: Iterable[Answer], *, config: JudgeConfig, examiner: Examines) -> list[str]:
-    """The keys of the answers that are to be judged.
+def open_keys(rows: Iterable[Sequence[Answer]], *, config: JudgeConfig, examiner: Examiner) -> list[str]:
+    """The keys of the answers that are to be judged; `rows` are the answers of one row each.
 
     Failed answers are not; with `config.answers` unknown, neither are those about which a rule has a verdict.
     """
-    rows: defaultdict[str, list[Answer]] = defaultdict(list)
-    for answer in answers:
-        rows[answer.ask.item.id].append(answer)
-    found = []
-    for row in rows.values():
-        # In one order, so that votes over a row's samples come out alike.
-        row.sort(key=lambda one: one.written.key)
-        examined = examiner.examine(row[0].ask.item, [one.written for one in row])
-        for answer, (_, verdict) in zip(row, examined, strict=True):
-            if answer.written.finish != "failed" and (config.answers == "all" or verdict.outcome == "unknown"):
-                found.append(answer.written.key)
-    return sorted(found)
+    if config.answers == "all":
+        return sorted(written.key for row in rows for _, written in row if written.finish != "failed")
+    return sorted(
+        answer.written.key
+        for row in examine_rows(rows, examiner=examiner)
+        for answer, (_, verdict) in row
+        if answer.written.finish != "failed" and verdict.outcome == "unknown"
+    )
 
 
 def judge_asks(answers: Iterable[Answer], *, keys: Collection[str], config: JudgeConfig) -> list[Ask]:
@@ -100,19 +94,30 @@ def read_verdicts(folder: Path, *, asks: Iterable[Ask], read: ReadVerdict) -> di
     return {key: _most(verdicts) for key, verdicts in found.items()}
 
 
+def stored_verdicts(folder: Path, *, config: JudgeConfig, read: ReadVerdict = read_judgement) -> dict[str, Verdict]:
+    """What `read_verdicts` finds in a job's folder for this judge's template, draws and seed, of all answers that were
+    ever judged. Errors: ConfigError, DataError for the template; DataError for damaged shards."""
+    keys = {ask.item.id for ask, _ in read_answers(folder / JUDGE_FOLDER)}
+    asks = judge_asks(read_answers(folder / RAW_FOLDER), keys=keys, config=config)
+    return read_verdicts(folder, asks=asks, read=read)
+
+
 class JudgedRows:
     """An examiner whose verdicts a judge completes: where the rule knows none, or, with `answers: all`, everywhere."""
 
-    def __init__(self, examiner: Examines, *, verdicts: Mapping[str, Verdict], config: JudgeConfig) -> None:
+    def __init__(self, examiner: Examiner, *, verdicts: Mapping[str, Verdict], config: JudgeConfig) -> None:
         self._examiner, self._verdicts, self._config = examiner, verdicts, config
 
-    def examine(self, item: Item, written: Sequence[Written]) -> list[tuple[Parsed, Verdict]]:
-        """Contents and verdict of each of a row's answers."""
-        examined = self._examiner.examine(item, written)
+    def examine(self, answers: Sequence[Answer]) -> list[Examined]:
+        """Each answer's contents and verdict."""
         return [
-            (parsed, self._completed(verdict, key=one.key))
-            for one, (parsed, verdict) in zip(written, examined, strict=True)
+            Examined(parsed, self._completed(verdict, key=answer.written.key))
+            for answer, (parsed, verdict) in zip(answers, self._examiner.examine(answers), strict=True)
         ]
+
+    def spans(self, parsed: Parsed, text: str) -> list[Span]:
+        """Where `parsed` stands in its text."""
+        return self._examiner.spans(parsed, text)
 
     def _completed(self, verdict: Verdict, *, key: str) -> Verdict:
         judged = self._verdicts.get(key)

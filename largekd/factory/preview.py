@@ -44,6 +44,9 @@ def _estimates(config: GenerateConfig, *, stage: Stage) -> list[str]:
         cost = (read * config.backend.input_price + written * config.backend.output_price) / _PER
         limit = "" if config.backend.max_cost is None else f"; stops before {config.backend.max_cost:g}"
         lines.append(f"cost: at most about {cost:.4f}{limit}")
+    if config.judge is not None and stage.is_last:
+        judged = "without a verdict of a rule" if config.judge.answers == "unknown" else "of all"
+        lines.append(f"judge: at most {len(stage.asks) * config.judge.samples} further asks, for answers {judged}")
     return lines
 
 

@@ -10,13 +10,18 @@ import torch.distributed as dist
 from largekd.config.generate import EmbeddedBackendConfig, EndpointBackendConfig, GenerateConfig, VllmBackendConfig
 from largekd.config.render import render_config
 from largekd.curation.answer_shards import RAW_FOLDER, read_answers
+from largekd.curation.pipeline import check_settings
 from largekd.distillation.folder import move_aside
 from largekd.errors import LargeKDError
 from largekd.factory.asks import Asker
 from largekd.factory.backends import Backend
 from largekd.factory.identity import claim, identity_of
 from largekd.factory.job import Job
+from largekd.factory.judge import read_judgement
+from largekd.factory.judged_data import curate_job, keys_to_judge
+from largekd.factory.judging import judge_answers
 from largekd.factory.plan import plan
+from largekd.factory.prompts import load_prompter
 from largekd.runtime.lock import run_lock
 from largekd.runtime.logging import configure_logging, write_line
 from largekd.runtime.ranks import (
@@ -69,8 +74,36 @@ def _run(
     asker = Asker(config.prompts, config.sampling)
     with Together(group=group):
         asker.digests()
-        if ranks.is_main and config.output.fresh:
-            move_aside(folder, key="output.fresh")
+        if config.judge is not None:
+            load_prompter(config.judge.template, key="judge.template")
+        if ranks.is_main:
+            if curate or config.judge is not None:
+                check_settings(config.curation)
+            if config.output.fresh:
+                move_aside(folder, key="output.fresh")
+    if not _write(config, asker=asker, folder=folder, ranks=ranks, stop=stop, group=group):
+        return None
+    if config.judge is not None and not _judge(config, folder=folder, ranks=ranks, stop=stop, group=group):
+        return None
+    summary: dict[str, Any] = {}
+    with Together(group=group):
+        if ranks.is_main:
+            summary = {"folder": str(folder), "answers": sum(1 for _ in read_answers(folder / RAW_FOLDER))}
+            if curate:
+                summary["curation"] = curate_job(folder, config=config.curation, judge=config.judge)
+    return dict(broadcast_object(summary, group=group))
+
+
+def _write(
+    config: GenerateConfig,
+    *,
+    asker: Asker,
+    folder: Path,
+    ranks: Ranks,
+    stop: StopSignal,
+    group: dist.ProcessGroup | None,
+) -> bool:
+    """Whether all answers are there; False: told to stop."""
     backend = build_backend(config, folder=folder, ranks=ranks, group=group)
     with closing(backend) if backend is not None else nullcontext():
         with Together(group=group):
@@ -78,23 +111,26 @@ def _run(
                 assert backend is not None
                 claim(folder, config=config, identity=identity_of(config, asker=asker, writer=backend.identity))
         job = Job(config=config, folder=folder, backend=backend, ranks=ranks, stop=stop, group=group)
-        finished = job.run(plan(config, asker=asker))
-    if not finished:
-        return None
-    summary: dict[str, Any] = {}
-    with Together(group=group):
-        if ranks.is_main:
-            summary = {"folder": str(folder), "answers": sum(1 for _ in read_answers(folder / RAW_FOLDER))}
-            if curate:
-                summary["curation"] = curate_answers(folder, config=config)
-    return dict(broadcast_object(summary, group=group))
+        return job.run(plan(config, asker=asker))
 
 
-def curate_answers(folder: Path, *, config: GenerateConfig) -> Any:
-    """Training data out of the answers, by rank 0 alone."""
-    from largekd.curation.pipeline import curate  # type: ignore[import-not-found, unused-ignore]
-
-    return curate(folder, config=config.curation)
+def _judge(
+    config: GenerateConfig, *, folder: Path, ranks: Ranks, stop: StopSignal, group: dist.ProcessGroup | None
+) -> bool:
+    """Whether all answers that the judge is to see are judged; False: told to stop."""
+    judge = config.judge
+    assert judge is not None
+    verdicts = judge_answers(
+        config,
+        folder=folder,
+        find_open=lambda: keys_to_judge(folder, config=config.curation, judge=judge),
+        read=read_judgement,
+        build=lambda own, place: build_backend(own, folder=place, ranks=ranks, group=group),
+        ranks=ranks,
+        stop=stop,
+        group=group,
+    )
+    return verdicts is not None
 
 
 def build_backend(

@@ -22,7 +22,7 @@ def answered_and_judged(*, tree: dict[str, Any]) -> dict[str, str] | str | None:
     """A job and its judge; the outcomes by the answers' keys, or what the user is told instead."""
     from factory.test_judge import ByText, read
 
-    from largekd.curation.answer_shards import RAW_FOLDER, read_answers
+    from largekd.curation.ordering import OrderedAnswers
     from largekd.errors import LargeKDError
     from largekd.factory.judge import open_keys
     from largekd.factory.judging import judge_answers
@@ -38,7 +38,7 @@ def answered_and_judged(*, tree: dict[str, Any]) -> dict[str, str] | str | None:
         verdicts = judge_answers(
             config,
             folder=folder,
-            find_open=lambda: open_keys(read_answers(folder / RAW_FOLDER), config=judge, examiner=ByText()),
+            find_open=lambda: open_keys(OrderedAnswers(folder, seed=0).rows(), config=judge, examiner=ByText()),
             read=read,
             build=lambda config, own: build_backend(config, folder=own, ranks=ranks),
             ranks=ranks,

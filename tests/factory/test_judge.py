@@ -10,6 +10,7 @@ from teachers.remote_fakes import as_json
 
 from largekd.config.generate import EndpointBackendConfig, JudgeConfig
 from largekd.curation.answer_shards import Answer, write_shard
+from largekd.curation.examination import Examined, Span
 from largekd.curation.records import Ask, Draw, Item, Parsed, Verdict, Written
 from largekd.errors import ConfigError
 from largekd.factory.judge import JUDGE_FOLDER, JudgedRows, judge_asks, open_keys, read_verdicts
@@ -21,12 +22,16 @@ class ByText:
     """Knows the answers "2" and "3" alone, and has to see whole rows."""
 
     def __init__(self):
-        self.rows: list[tuple[str, list[str]]] = []
+        self.seen: list[tuple[str, str]] = []
 
-    def examine(self, item: Item, written: Sequence[Written]) -> list[tuple[Parsed, Verdict]]:
-        self.rows.append((item.id, [one.text for one in written]))
+    def examine(self, answers: Sequence[Answer]) -> list[Examined]:
+        self.seen += [(ask.item.id, written.text) for ask, written in answers]
         known = {"2": "right", "3": "wrong"}
-        return [(Parsed(answer=one.text), Verdict(known.get(one.text, "unknown"), "rule")) for one in written]
+        texts = [written.text for _, written in answers]
+        return [Examined(Parsed(answer=text), Verdict(known.get(text, "unknown"), "rule")) for text in texts]
+
+    def spans(self, parsed: Parsed, text: str) -> list[Span]:
+        return [Span(name="answer", start=0, end=len(text))]
 
 
 def answers(*texts: str | None) -> list[Answer]:
@@ -50,14 +55,13 @@ def read(written: Written) -> Verdict:
 def test_only_what_no_rule_knows_is_judged_unless_all_is_asked_for():
     given = answers("2", "two", None, "II", "3", "3")
     examiner = ByText()
-    unknown = open_keys(given, config=JudgeConfig(), examiner=examiner)
+    rows = [given[0:2], given[2:4], given[4:6]]
+    unknown = open_keys(rows, config=JudgeConfig(), examiner=examiner)
     assert set(unknown) == {given[1].written.key, given[3].written.key}
-    assert sorted((row, sorted(texts)) for row, texts in examiner.rows) == [
-        ("row0", ["2", "two"]),
-        ("row1", ["", "II"]),
-        ("row2", ["3", "3"]),
-    ]
-    everything = open_keys(reversed(given), config=JudgeConfig(answers="all"), examiner=ByText())
+    # Whole rows, for votes.
+    texts = ["2", "two", "", "II", "3", "3"]
+    assert examiner.seen == [(f"row{place // 2}", text) for place, text in enumerate(texts)]
+    everything = open_keys(rows[::-1], config=JudgeConfig(answers="all"), examiner=ByText())
     assert set(everything) == {one.written.key for one in given if one.written.finish != "failed"}
 
 
@@ -103,15 +107,15 @@ def test_most_samples_decide(tmp_path, said, outcome):
 
 def test_a_judge_completes_rules_or_replaces_them():
     given = answers("2", "two")
-    written = [one.written for one in given]
-    verdicts = {one.key: Verdict("wrong", "judge") for one in written}
+    verdicts = {one.written.key: Verdict("wrong", "judge") for one in given}
     for which, expected in (("unknown", ["right", "wrong"]), ("all", ["wrong", "wrong"])):
         rows = JudgedRows(ByText(), verdicts=verdicts, config=JudgeConfig(answers=which))
-        examined = rows.examine(given[0].ask.item, written)
+        examined = rows.examine(given)
         assert [verdict.outcome for _, verdict in examined] == expected
         assert [parsed.answer for parsed, _ in examined] == ["2", "two"]
+        assert rows.spans(Parsed(answer="two"), "two") == [Span(name="answer", start=0, end=3)]
     unjudged = JudgedRows(ByText(), verdicts={}, config=JudgeConfig(answers="all"))
-    assert [verdict.how for _, verdict in unjudged.examine(given[0].ask.item, written)] == ["rule", "rule"]
+    assert [verdict.how for _, verdict in unjudged.examine(given)] == ["rule", "rule"]
 
 
 def test_two_ranks_judge_once_and_another_judge_is_refused(two_ranks, tmp_path):
