@@ -85,7 +85,7 @@ def test_the_preview_shows_prompts_and_counts_and_writes_nothing(tmp_path, tiny_
 
 def test_a_priced_server_shows_what_the_job_may_cost(tmp_path):
     tree = job_settings(tmp_path)
-    tree["backend"] = {"kind": "endpoint", "url": "https://host/v1", "model": "m", "output_price": 1000.0}
+    tree["backend"] = {"kind": "endpoint", "url": "http://127.0.0.1:1/v1", "model": "m", "output_price": 1000.0}
     text = preview(parse_record(GenerateConfig, mapping=tree))
     assert "cost: at most about 0.1600" in text and "judge:" not in text
     tree["judge"] = {"samples": 3}
