@@ -87,7 +87,7 @@ def test_a_priced_server_shows_what_the_job_may_cost(tmp_path):
     tree = job_settings(tmp_path)
     tree["backend"] = {"kind": "endpoint", "url": "http://127.0.0.1:1/v1", "model": "m", "output_price": 1000.0}
     text = preview(parse_record(GenerateConfig, mapping=tree))
-    assert "cost: at most about 0.1600" in text and "judge:" not in text
+    assert "cost: at most about 0.1600" in text and "further asks" not in text
     tree["judge"] = {"samples": 3}
     text = preview(parse_record(GenerateConfig, mapping=tree))
     assert "judge: at most 60 further asks, for answers without a verdict of a rule" in text
