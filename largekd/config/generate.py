@@ -186,7 +186,9 @@ class JudgeConfig(Frozen):
 
     backend: BackendConfig | None = Field(None, description="What judges; null: what wrote.")
     answers: Literal["unknown", "all"] = Field(
-        "unknown", description="unknown: those about which curation.verify has no verdict. all: every one."
+        "unknown",
+        description="unknown: those about which curation.verify has no verdict. all: every one. Not those "
+        "that curation drops in any case, such as unfinished ones.",
     )
     template: str = Field("judge", description="Template that shows question, answer and text.")
     variables: dict[str, str] = Field(default_factory=dict, description="Further values that the template may use.")

@@ -9,11 +9,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from largekd.config.curation import CurationConfig
 from largekd.config.generate import JudgeConfig
 from largekd.curation.answer_shards import RAW_FOLDER, Answer, read_answers
 from largekd.curation.examination import Examined, Examiner, Span, examine_rows
 from largekd.curation.judge import judge_verdict
 from largekd.curation.records import Ask, Draw, Item, Parsed, Verdict, Written
+from largekd.curation.rules import gate
 from largekd.factory.asks import seed_of
 from largekd.factory.plan import Stage
 from largekd.factory.prompts import load_prompter
@@ -39,18 +41,21 @@ def read_judgement(written: Written) -> Verdict:
     return judge_verdict(written.text, finish=written.finish)
 
 
-def open_keys(rows: Iterable[Sequence[Answer]], *, config: JudgeConfig, examiner: Examiner) -> list[str]:
+def open_keys(
+    rows: Iterable[Sequence[Answer]], *, config: JudgeConfig, curation: CurationConfig, examiner: Examiner
+) -> list[str]:
     """The keys of the answers that are to be judged; `rows` are the answers of one row each.
 
-    Failed answers are not; with `config.answers` unknown, neither are those about which a rule has a verdict.
+    Not those that would be dropped were they right: failed ones and, as `curation` says, cut off and unparsed ones.
+    With `config.answers` unknown, neither those about which a rule has a verdict.
     """
-    if config.answers == "all":
-        return sorted(written.key for row in rows for _, written in row if written.finish != "failed")
+    right = Verdict("right", "judge")
     return sorted(
-        answer.written.key
+        written.key
         for row in examine_rows(rows, examiner=examiner)
-        for answer, (_, verdict) in row
-        if answer.written.finish != "failed" and verdict.outcome == "unknown"
+        for (_, written), (parsed, verdict) in row
+        if (config.answers == "all" or verdict.outcome == "unknown")
+        and gate(written, parsed=parsed, verdict=right, config=curation)[0] is None
     )
 
 

@@ -28,4 +28,4 @@ def keys_to_judge(folder: Path, *, config: CurationConfig, judge: JudgeConfig) -
     """The answers that the judge is to see. It may run programs in the sandbox. Errors: ConfigError, DataError."""
     answers = OrderedAnswers(folder, seed=config.dataset.seed)
     with StandardExaminer(config) as examiner:
-        return open_keys(answers.rows(), config=judge, examiner=examiner)
+        return open_keys(answers.rows(), config=judge, curation=config, examiner=examiner)

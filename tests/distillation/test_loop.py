@@ -31,6 +31,7 @@ def test_the_next_step_is_asked_for_only_where_its_rows_are_known(rollouts):
         objective=build_objective(ObjectiveConfig()),
         alignment=None,
         router=None,
+        seed=0,
         layer_drop=None,
         config=SimpleNamespace(train=SimpleNamespace(seed=0)),
     )

@@ -38,7 +38,9 @@ def answered_and_judged(*, tree: dict[str, Any]) -> dict[str, str] | str | None:
         verdicts = judge_answers(
             config,
             folder=folder,
-            find_open=lambda: open_keys(OrderedAnswers(folder, seed=0).rows(), config=judge, examiner=ByText()),
+            find_open=lambda: open_keys(
+                OrderedAnswers(folder, seed=0).rows(), config=judge, curation=config.curation, examiner=ByText()
+            ),
             read=read,
             build=lambda config, own: build_backend(config, folder=own, ranks=ranks),
             ranks=ranks,

@@ -85,15 +85,12 @@ def test_the_preview_shows_prompts_and_counts_and_writes_nothing(tmp_path, tiny_
 
 def test_a_priced_server_shows_what_the_job_may_cost(tmp_path):
     tree = job_settings(tmp_path)
-    tree["backend"] = {
-        "kind": "endpoint",
-        "url": "https://host/v1",
-        "model": "m",
-        "allow_remote": True,
-        "output_price": 1000.0,
-    }
+    tree["backend"] = {"kind": "endpoint", "url": "http://127.0.0.1:1/v1", "model": "m", "output_price": 1000.0}
     text = preview(parse_record(GenerateConfig, mapping=tree))
-    assert "cost: at most about 0.1600" in text
+    assert "cost: at most about 0.1600" in text and "further asks" not in text
+    tree["judge"] = {"samples": 3}
+    text = preview(parse_record(GenerateConfig, mapping=tree))
+    assert "judge: at most 60 further asks, for answers without a verdict of a rule" in text
 
 
 def test_a_wrong_key_names_the_nearest(tmp_path):

@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from factory.chat_fakes import chat_server, completion
 from factory.endpoint_jobs import answered_and_judged
 from teachers.remote_fakes import as_json
 
+from largekd.config.curation import CurationConfig
 from largekd.config.generate import EndpointBackendConfig, JudgeConfig
 from largekd.curation.answer_shards import Answer, write_shard
 from largekd.curation.examination import Examined, Span
@@ -56,13 +58,23 @@ def test_only_what_no_rule_knows_is_judged_unless_all_is_asked_for():
     given = answers("2", "two", None, "II", "3", "3")
     examiner = ByText()
     rows = [given[0:2], given[2:4], given[4:6]]
-    unknown = open_keys(rows, config=JudgeConfig(), examiner=examiner)
+    unknown = open_keys(rows, config=JudgeConfig(), curation=CurationConfig(), examiner=examiner)
     assert set(unknown) == {given[1].written.key, given[3].written.key}
     # Whole rows, for votes.
     texts = ["2", "two", "", "II", "3", "3"]
     assert examiner.seen == [(f"row{place // 2}", text) for place, text in enumerate(texts)]
-    everything = open_keys(rows[::-1], config=JudgeConfig(answers="all"), examiner=ByText())
+    judge, curation = JudgeConfig(answers="all"), CurationConfig()
+    everything = open_keys(rows[::-1], config=judge, curation=curation, examiner=ByText())
     assert set(everything) == {one.written.key for one in given if one.written.finish != "failed"}
+
+
+@pytest.mark.parametrize("which", ["unknown", "all"])
+def test_what_is_dropped_in_any_case_is_not_judged(which):
+    ask, written = answers("two")[0]
+    rows = [[Answer(ask, replace(written, finish="length"))]]
+    for keep, expected in ((False, []), (True, [written.key])):
+        curation = CurationConfig(keep_unparsed=keep)
+        assert open_keys(rows, config=JudgeConfig(answers=which), curation=curation, examiner=ByText()) == expected
 
 
 def test_the_judge_is_shown_question_answer_and_text_in_an_order_of_its_own():
