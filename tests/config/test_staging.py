@@ -174,9 +174,9 @@ def test_the_plan_of_stages_is_that_of_the_largest(tmp_path, repository):
     config = parse_config({**tree, "stages": [long, placed]})
     record = plan_record(config, world_size=1)
     accelerator, host = ({name: peaks[place] for name, peaks in record["stages"].items()} for place in PLACES[:2])
-    assert accelerator["long"] > accelerator["placed"] and host["long"] < host["placed"]
+    assert accelerator["long"] > accelerator["placed"] and host["long"] != host["placed"]
     assert record["peak_bytes"]["accelerator"] == accelerator["long"]
-    assert record["peak_bytes"]["host"] == host["placed"]
+    assert record["peak_bytes"]["host"] == max(host.values())
     assert plan_text(config, world_size=1).count("peak of any stage") == len(PLACES)
 
 
