@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from largekd.config.placement import Placements, offload_device
 from largekd.config.run import RunConfig
 from largekd.distillation.phases import Phase
 from largekd.errors import ConfigError
@@ -71,6 +72,21 @@ def check_phases(phases: Sequence[Phase], *, model_config: PretrainedConfig) -> 
                 f"freezing: nothing of the student would learn in {phase.name} ({frozen}), because the rest is frozen "
                 "by optim.groups or has no adapter of student.lora; change freezing.parts, freezing.order or those."
             )
+
+
+def check_offload(config: RunConfig, *, placements: Placements) -> None:
+    """Refuse frozen weights on NVMe: from the second pass on DeepSpeed reads ahead, and fails on them. Errors:
+    ConfigError names the key that freezes."""
+    if offload_device(placements.student, "offload_param") != "nvme":
+        return
+    frozen = [f"optim.groups.{index}" for index, group in enumerate(config.optim.groups) if group.lr_multiplier == 0]
+    frozen += ["student.lora"] if config.student.lora is not None else []
+    frozen += ["teacher.kind = 'self_shared'"] if config.teacher.kind == "self_shared" else []
+    if frozen:
+        raise ConfigError(
+            f"{frozen[0]}: freezes weights of the student, which student.deepspeed = {config.student.deepspeed!r} "
+            "keeps on NVMe, where DeepSpeed cannot train beside frozen ones; set its offload_param.device to cpu."
+        )
 
 
 def note_groups(

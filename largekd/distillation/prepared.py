@@ -12,7 +12,7 @@ from largekd.config.placement import Placements, read_placements
 from largekd.config.run import RunConfig
 from largekd.distillation.cache_binding import check_teacher_data
 from largekd.distillation.data import RunData, build_data
-from largekd.distillation.groups import check_frozen, check_parameters
+from largekd.distillation.groups import check_frozen, check_offload, check_parameters
 from largekd.distillation.models import Sources, find_sources
 from largekd.distillation.self_shared import check_shared, shared_objective
 from largekd.distillation.teachers import TeacherModel
@@ -90,6 +90,7 @@ def prepare(
     """
     accumulation = check_world(config, world_size=ranks.world_size)
     placements = read_placements(config)
+    check_offload(config, placements=placements)
     objective = build_objective(config.objective, plugins=load_plugins(config.plugins), rollouts=config.rollouts)
 
     def first() -> MainFirst:

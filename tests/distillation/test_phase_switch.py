@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from make_tiny_model import Shape, make_model
-from placements import needs_libaio, offload
+from placements import offload
 from stage_jobs import passed_on
 from tiny_run import cache, distil, distil_until, from_cache, metrics, settings
 from transformers import LlamaConfig
@@ -58,21 +57,18 @@ def test_a_group_may_be_frozen_whole_for_a_phase(tiny_assets, one_rank, tmp_path
     assert [("optim/lr/low" in record) for record in metrics(tmp_path / "run")] == [True, True, False, False]
 
 
-@needs_libaio
-def test_a_run_of_one_phase_may_freeze_parameters_on_nvme(tiny_assets, one_rank, tmp_path):
+@pytest.mark.parametrize(
+    ("freezes", "key"),
+    [({"optim__groups": [FROZEN]}, r"optim\.groups\.0"), ({"student__lora": {"rank": 2}}, r"student\.lora")],
+)
+def test_frozen_weights_on_nvme_are_refused_before_anything_is_read(tiny_assets, one_rank, tmp_path, freezes, key):
     placement = tmp_path / "nvme.json"
-    tree = offload("nvme", folder=tmp_path / "swap", optimizer=True)
-    tree["zero_optimization"]["offload_param"]["buffer_count"] = 8
-    placement.write_text(json.dumps(tree))
-    # DeepSpeed leaves what has less than a megabyte in memory.
-    make_model(tmp_path / "teacher", shape=Shape(hidden=320, layers=2), seed=0)
+    placement.write_text(json.dumps(offload("nvme", folder=tmp_path / "swap", optimizer=False)))
     tree = settings(
-        tiny_assets, tmp_path / "run", train__max_steps=1, student__deepspeed=str(placement), optim__groups=[FROZEN],
-        teacher__model=str(tmp_path / "teacher"), train__global_batch_size=2, **QUICK,
-    )  # fmt: skip
-    # From the second pass on DeepSpeed 0.19.8 reads ahead, and fails on frozen tensors (not without any).
-    tree["data"].pop("eval")
-    assert one_rank.run(distil, tree=tree)[0]["steps"] == 1
+        tiny_assets, tmp_path / "run", student__deepspeed=str(placement), teacher__model="/nowhere", **QUICK, **freezes
+    )
+    with pytest.raises(AssertionError, match=rf"{key}: freezes weights of the student, which student\.deepspeed = "):
+        one_rank.run(distil, tree=tree)
 
 
 def test_a_shorter_run_that_is_past_its_end_is_finished(tiny_assets, one_rank, tmp_path):
