@@ -25,7 +25,11 @@ def address_problems(address: str, *, place: str, allow_remote: bool, allow_key:
 
 def is_loopback(address: str) -> bool:
     """Whether the address is this machine's own."""
-    host = urlsplit(address).hostname or ""
+    return is_loopback_host(urlsplit(address).hostname or "")
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether the name or number is this machine's own."""
     if host == "localhost":
         return True
     try:

@@ -1,13 +1,8 @@
 """What a filter is, and the filters that look at one answer alone."""
 
-import importlib
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import ModuleType
 from typing import Protocol
 
 from largekd.config.curation import (
@@ -19,6 +14,7 @@ from largekd.config.curation import (
 from largekd.curation.records import Curated
 from largekd.curation.words import ngrams, repeated_share, words
 from largekd.errors import ConfigError
+from largekd.runtime.user_modules import import_user_module
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ def confidence_filter(config: ConfidenceFilterConfig) -> Filter:
 
 def hook_filter(config: HookFilterConfig) -> Filter:
     """All scores that the user's function gives; the one called `name` decides. Errors: ConfigError."""
-    function = getattr(_user_module(config.module), "score", None)
+    function = getattr(import_user_module(config.module, key="curation.filters"), "score", None)
     if not callable(function):
         raise ConfigError(f"curation.filters: {config.module!r} has no function score(row) -> dict; add it.")
     if config.min_score is None and config.max_score is None:
@@ -156,22 +152,3 @@ def _are_scores(scores: object, *, name: str) -> bool:
     if not isinstance(scores, Mapping) or name not in scores:
         return False
     return all(isinstance(value, int | float) and math.isfinite(value) for value in scores.values())
-
-
-def _user_module(name: str) -> ModuleType:
-    try:
-        if not name.endswith(".py"):
-            return importlib.import_module(name)
-        path = Path(name).expanduser().resolve()
-        spec = importlib.util.spec_from_file_location(f"largekd_hook:{path.with_suffix('')}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # Dataclasses look their module up by name.
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's module raises while it is imported
-        raise ConfigError(
-            f"curation.filters: the hook {name!r} cannot be imported ({type(error).__name__}: {error}); give a dotted "
-            "module name that Python finds, or the path of a .py file."
-        ) from error
-    return module

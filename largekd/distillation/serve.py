@@ -1,7 +1,6 @@
 """Serving a run's teacher over HTTP, on nodes of its own."""
 
 import hashlib
-import ipaddress
 import logging
 import queue
 import signal
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
+from largekd.config.addresses import is_loopback_host
 from largekd.config.placement import read_placements
 from largekd.config.run import RunConfig
 from largekd.config.teacher import OnlineTeacherConfig
@@ -46,7 +46,7 @@ _HEAD_FILE = "head.safetensors"
 def check_address(host: str, *, token_variable: str | None) -> str | None:
     """The token. Errors: ConfigError for a variable without a token, and for a public address without one."""
     token = None if token_variable is None else read_token(token_variable, key="--token-variable")
-    if token is None and not _is_loopback(host):
+    if token is None and not is_loopback_host(host):
         raise ConfigError(
             f"--host {host}: whoever reaches it could use the teacher; name the environment variable with a token by "
             "--token-variable, or listen on 127.0.0.1."
@@ -163,12 +163,3 @@ def _describe(
         sequence_length=limits.sequence_length,
         head=head,
     ).model_dump()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

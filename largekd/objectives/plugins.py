@@ -1,18 +1,14 @@
 """Terms of the user's own: functions in modules that a recipe names."""
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from largekd.errors import ConfigError
+from largekd.runtime.user_modules import import_user_module
 
 TABLE = "TERMS"
 
@@ -81,7 +77,7 @@ def load_plugins(names: Sequence[str]) -> dict[str, PluginFunction]:
     """
     found: dict[str, PluginFunction] = {}
     for name in names:
-        table = getattr(_module(name), TABLE, None)
+        table = getattr(import_user_module(name, key="plugins"), TABLE, None)
         if not isinstance(table, Mapping) or not all(callable(function) for function in table.values()):
             raise ConfigError(f"plugins: {name!r} has no {TABLE}, a dictionary of term names and functions; add it.")
         for term, function in table.items():
@@ -89,22 +85,3 @@ def load_plugins(names: Sequence[str]) -> dict[str, PluginFunction]:
                 raise ConfigError(f"plugins: two modules name a term {term!r}; rename the one in {name!r}.")
             found[term] = function
     return found
-
-
-def _module(name: str) -> ModuleType:
-    try:
-        if not name.endswith(".py"):
-            return importlib.import_module(name)
-        path = Path(name).expanduser().resolve()
-        spec = importlib.util.spec_from_file_location(f"largekd_plugin:{path.with_suffix('')}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        # Dataclasses look their module up by name.
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-    except Exception as error:  # whatever a user's module raises while it is imported
-        raise ConfigError(
-            f"plugins: {name!r} cannot be imported ({type(error).__name__}: {error}); give a dotted module name that "
-            "Python finds, or the path of a .py file."
-        ) from error
-    return module
