@@ -1,8 +1,10 @@
-"""A conversation as the text that a model goes on with."""
+"""A conversation as the text, and the ids, that a model goes on with."""
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from largekd.curation.records import Ask
+from largekd.curation.records import Ask, Written
+from largekd.factory.job import failed
 
 
 def chat_text(ask: Ask, *, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -17,3 +19,24 @@ def chat_text(ask: Ask, *, tokenizer: PreTrainedTokenizerBase) -> str:
     )
     assert isinstance(text, str)
     return text
+
+
+def chat_ids(ask: Ask, *, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of `chat_text`. Errors: as of `chat_text`."""
+    # The chat template writes the special tokens itself; a plain text gets those of the tokenizer.
+    plain = not tokenizer.chat_template
+    text = chat_text(ask, tokenizer=tokenizer)
+    encoded = tokenizer(text, add_special_tokens=plain, return_attention_mask=False, verbose=False)
+    return [int(token) for token in encoded["input_ids"]]
+
+
+def prompt_ids(ask: Ask, *, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[int] | Written:
+    """The ids of `chat_text`; a failed answer where the template refuses, or they are none or more than `longest`."""
+    try:
+        ids = chat_ids(ask, tokenizer=tokenizer)
+    except (TemplateError, TypeError, ValueError) as error:
+        return failed(ask, reason=f"the model's chat template refuses the conversation: {error}")
+    if not 0 < len(ids) <= longest:
+        reason = f"the prompt has {len(ids)} tokens; sampling.max_prompt_tokens and the model allow 1 to {longest}"
+        return failed(ask, reason=reason, prompt_tokens=len(ids))
+    return ids

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from jinja2 import TemplateError
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
@@ -22,8 +21,7 @@ from largekd.data.vocabulary import load_tokenizer, tokenizer_fingerprint
 from largekd.engine.ds_config import frozen_ds_config
 from largekd.engine.frozen import FrozenEngine
 from largekd.errors import ConfigError
-from largekd.factory.chat import chat_text
-from largekd.factory.job import failed
+from largekd.factory.chat import chat_ids, chat_text, prompt_ids
 from largekd.generation.continuous import ContinuousWriter, Finished, Prompt
 from largekd.generation.gathering import fitting, possible
 from largekd.generation.growing_cache import keeps_keys_and_values_alone
@@ -93,7 +91,7 @@ class EmbeddedBackend:
 
     def count(self, ask: Ask) -> int:
         """Tokens of the prompt."""
-        return len(self._ids(ask))
+        return len(chat_ids(ask, tokenizer=self._tokenizer))
 
     def write(self, asks: Iterator[Ask], *, stopping: Callable[[], bool]) -> Iterator[Written]:
         """See Backend. An ask that cannot be answered comes back before the asks after it are taken."""
@@ -143,24 +141,14 @@ class EmbeddedBackend:
         limit = getattr(self._source.config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit is not None else 1 << 30
 
-    def _ids(self, ask: Ask) -> NDArray[np.int32]:
-        # The chat template writes the special tokens itself; a plain text gets those of the tokenizer.
-        plain = not self._tokenizer.chat_template
-        encoded = self._tokenizer(self.show(ask), add_special_tokens=plain, return_attention_mask=False, verbose=False)
-        return np.array(encoded["input_ids"], np.int32)
-
     def _prompt(self, ask: Ask) -> Prompt | Written:
-        try:
-            ids = self._ids(ask)
-        except (TemplateError, TypeError, ValueError) as error:
-            return failed(ask, reason=f"the model's chat template refuses the conversation: {error}")
-        most = min(self._sampling.max_prompt_tokens, self._positions - ask.draw.max_new_tokens)
-        if not 0 < len(ids) <= most:
-            reason = f"the prompt has {len(ids)} tokens; sampling.max_prompt_tokens and the model allow 1 to {most}"
-            return failed(ask, reason=reason, prompt_tokens=len(ids))
+        longest = min(self._sampling.max_prompt_tokens, self._positions - ask.draw.max_new_tokens)
+        ids = prompt_ids(ask, tokenizer=self._tokenizer, longest=longest)
+        if isinstance(ids, Written):
+            return ids
         draw = ask.draw
         rule = RowRule(temperature=draw.temperature, top_p=draw.top_p, top_k=draw.top_k, min_p=draw.min_p)
-        return Prompt(ask.key, ids, rule, uniforms(ask), draw.stop)
+        return Prompt(ask.key, np.array(ids, np.int32), rule, uniforms(ask), draw.stop)
 
     def _written(self, finished: Finished, *, prompt_tokens: int) -> Written:
         text = self._decode(finished.ids)

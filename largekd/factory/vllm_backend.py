@@ -9,14 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
-from jinja2 import TemplateError
-
 from largekd.config.generate import SamplingConfig, VllmBackendConfig
 from largekd.curation.records import Ask, Written
 from largekd.data.vocabulary import load_tokenizer, tokenizer_fingerprint
 from largekd.errors import ConfigError
-from largekd.factory.chat import chat_text
-from largekd.factory.job import failed
+from largekd.factory.chat import chat_ids, chat_text, prompt_ids
 from largekd.models.digest import sampled_weights_digest
 from largekd.models.source import find_model
 
@@ -107,7 +104,7 @@ class VllmBackend:
 
     def count(self, ask: Ask) -> int:
         """Tokens of the prompt."""
-        return len(self._ids(ask))
+        return len(chat_ids(ask, tokenizer=self._tokenizer))
 
     def close(self) -> None:
         """Give the engine back; vLLM frees its memory when nothing refers to it."""
@@ -128,22 +125,9 @@ class VllmBackend:
                 f"positions ({_KEY}.engine.max_model_len), which leaves no room for a prompt."
             )
 
-    def _ids(self, ask: Ask) -> list[int]:
-        # The chat template writes the special tokens itself; a plain text gets those of the tokenizer.
-        plain = not self._tokenizer.chat_template
-        encoded = self._tokenizer(self.show(ask), add_special_tokens=plain, return_attention_mask=False, verbose=False)
-        return [int(token) for token in encoded["input_ids"]]
-
     def _prompt(self, ask: Ask) -> list[int] | Written:
-        try:
-            ids = self._ids(ask)
-        except (TemplateError, TypeError, ValueError) as error:
-            return failed(ask, reason=f"the model's chat template refuses the conversation: {error}")
-        most = min(self._sampling.max_prompt_tokens, self._positions - ask.draw.max_new_tokens)
-        if not 0 < len(ids) <= most:
-            reason = f"the prompt has {len(ids)} tokens; sampling.max_prompt_tokens and vLLM allow 1 to {most}"
-            return failed(ask, reason=reason, prompt_tokens=len(ids))
-        return ids
+        longest = min(self._sampling.max_prompt_tokens, self._positions - ask.draw.max_new_tokens)
+        return prompt_ids(ask, tokenizer=self._tokenizer, longest=longest)
 
     def _parameters(self, ask: Ask) -> Any:
         draw = ask.draw
