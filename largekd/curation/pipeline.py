@@ -103,10 +103,9 @@ def _replace(
         summary = _finish(output, title=title, config=config, filters=filters, answers=answers, job=job)
         for path in new.iterdir():
             fsync_path(path)
-    except BaseException:
+        former = swap_into_place(new, target=folder / DATA_FOLDER)
+    finally:
         remove_tree(new)
-        raise
-    former = swap_into_place(new, target=folder / DATA_FOLDER)
     if former is not None:
         remove_tree(former)
     return summary

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from datasets import disable_progress_bars
@@ -78,14 +79,38 @@ def build_data(
         require_same(samples.fingerprint if samples else "", what="data set", key=key)
     if sources.student_of_teacher is not None:
         _check_translation(sources, training=training, held_out=held_out, is_main=ranks.is_main)
+    loader = _row_loader(config, samples=training, mixture=mixture, ranks=ranks, row_seed=row_seed)
+    walk = partial(
+        evaluation_batches,
+        sequence_length=train.sequence_length,
+        packing=data.packing,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+
+    def first_rows(count: int) -> Iterator[Batch]:
+        return walk(training, micro_batch_size=train.micro_batch_size, max_rows=count, origin="train")
+
+    if held_out is None:
+        return RunData(loader, None, first_rows, {"train": training})
+    size = config.eval.micro_batch_size or train.micro_batch_size
+    held_out_batches = partial(walk, held_out, micro_batch_size=size, max_rows=config.eval.max_rows, origin="eval")
+    return RunData(loader, held_out_batches, first_rows, {"train": training, "eval": held_out})
+
+
+def _row_loader(
+    config: RunConfig, *, samples: SampleStore, mixture: Mixture | None, ranks: Ranks, row_seed: int | None
+) -> RowLoader:
+    """The training steps. Errors: ConfigError for a warm-up that is longer than the run."""
+    train = config.train
     loader = RowLoader(
-        training,
+        samples,
         settings=RowSettings(
             sequence_length=train.sequence_length,
-            packing=data.packing,
+            packing=config.data.packing,
             global_batch_size=train.global_batch_size,
             seed=train.seed if row_seed is None else row_seed,
-            shuffle=data.shuffle,
+            shuffle=config.data.shuffle,
         ),
         micro_batch_size=train.micro_batch_size,
         rank=ranks.rank,
@@ -99,30 +124,7 @@ def build_data(
             f"optim.warmup_steps = {config.optim.warmup_steps}: the run has only {loader.total_steps()} steps; "
             "lower it or raise train.max_steps / train.max_epochs."
         )
-
-    def walk(samples: SampleStore, *, micro_batch_size: int, max_rows: int | None, origin: Origin) -> Iterator[Batch]:
-        return evaluation_batches(
-            samples,
-            sequence_length=train.sequence_length,
-            packing=data.packing,
-            micro_batch_size=micro_batch_size,
-            rank=ranks.rank,
-            world_size=ranks.world_size,
-            max_rows=max_rows,
-            origin=origin,
-        )
-
-    def first_rows(count: int) -> Iterator[Batch]:
-        return walk(training, micro_batch_size=train.micro_batch_size, max_rows=count, origin="train")
-
-    if held_out is None:
-        return RunData(loader, None, first_rows, {"train": training})
-
-    def held_out_batches() -> Iterator[Batch]:
-        size = config.eval.micro_batch_size or train.micro_batch_size
-        return walk(held_out, micro_batch_size=size, max_rows=config.eval.max_rows, origin="eval")
-
-    return RunData(loader, held_out_batches, first_rows, {"train": training, "eval": held_out})
+    return loader
 
 
 def _routing(config: RunConfig) -> Routing | None:

@@ -21,7 +21,7 @@ from largekd.distillation.journal import Journal
 from largekd.distillation.loop import Session, evaluate_now, run_steps
 from largekd.distillation.output import export_student, write_summary
 from largekd.distillation.phases import Phase
-from largekd.distillation.prepared import Beginning, Inherited
+from largekd.distillation.prepared import Beginning, Inherited, Prepared
 from largekd.distillation.remote import Surroundings
 from largekd.distillation.stages import hand_over, phase_of, prepare_stages, stage_folder
 from largekd.engine.carried import frozen_digest
@@ -108,31 +108,18 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         journal = Journal()
         if checkpoint is not None:
             journal.restore(read_json(checkpoint / "progress" / "state.json"))
-        here = _Here(phase=phase_of(phases, index=journal.progress.phase, checkpoint=checkpoint))
+        here = _Here(
+            config,
+            phase=phase_of(phases, index=journal.progress.phase, checkpoint=checkpoint),
+            prepared=prepared,
+            folder=folder,
+            ranks=ranks,
+            journal=journal,
+            watchdog=watchdog,
+            around=around,
+        )
         stack.callback(here.close)
-
-        def enter(phase: Phase, *, inherited: Inherited | None) -> None:
-            """Build the parts of a phase; the first one of this process may have a checkpoint."""
-            watchdog.beat(f"build {phase.name}", allowed_s=_DAY_S)
-            if inherited is not None:
-                fault_point("stage:switch", rank=ranks.rank, step=journal.progress.step)
-            here.phase = phase
-            here.parts = build(
-                prepared[phase.stage.index],
-                folder=stage_folder(folder, stage=phase.stage, config=config),
-                beginning=Beginning(
-                    phase=phase.index,
-                    frozen=phase.frozen,
-                    resumed=not phase.begins_stage or (inherited is None and checkpoint is not None),
-                    inherited=inherited,
-                    updates=journal.updates,
-                ),
-                around=around,
-            )
-            # Transformers and DeepSpeed have set up their own loggers by now.
-            configure_logging(level=config.log.level, rank=ranks.rank)
-
-        enter(here.phase, inherited=None)
+        here.enter(here.phase, resumed=checkpoint is not None)
         if checkpoint is not None:
             _check_resumable(here.parts, checkpoint=checkpoint)
             load_state(checkpoint, owners=_owners(here.parts, journal=journal, ranks=ranks))
@@ -156,24 +143,7 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
             elif ranks.is_main:
                 logger.warning("no checkpoint: DeepSpeed could not restore this run's optimizer from NVMe")
 
-        if not _assess(session(), journal=journal, name="before"):
-            _stopped(session(), journal=journal)
-            return None
-        while True:
-            if not _run_phase(session(), journal=journal, save=save, watched=len(phases) > 1):
-                _stopped(session(), journal=journal)
-                return None
-            if here.phase.index + 1 == len(phases):
-                break
-            if here.phase.ends_stage and not _assess(session(), journal=journal, name=f"stage.{here.phase.stage.name}"):
-                _stopped(session(), journal=journal)
-                return None
-            following = phases[here.phase.index + 1]
-            # Under no name here: what was handed over, as large as the optimizer, is not to outlive the switch.
-            enter(following, inherited=here.hand_over(to=following))
-            journal.updates = dict(here.parts.updates)
-            journal.progress = following.enter(journal.progress, total=phases[-1].end)
-        if not _assess(session(), journal=journal, name="after"):
+        if not _train(here, phases=phases, journal=journal, session=session, save=save):
             _stopped(session(), journal=journal)
             return None
         watchdog.beat("export", allowed_s=_SLOW * timeout_s)
@@ -183,22 +153,76 @@ def _run(config: RunConfig, *, folder: Path, ranks: Ranks) -> dict[str, Any] | N
         return summary
 
 
+def _train(
+    here: "_Here",
+    *,
+    phases: Sequence[Phase],
+    journal: Journal,
+    session: Callable[[], Session],
+    save: Callable[[], None],
+) -> bool:
+    """All phases from here on, with the evaluations before, between stages and after; False: the ranks stopped."""
+    if not _assess(session(), journal=journal, name="before"):
+        return False
+    while _run_phase(session(), journal=journal, save=save, watched=len(phases) > 1):
+        if here.phase.index + 1 == len(phases):
+            return _assess(session(), journal=journal, name="after")
+        if here.phase.ends_stage and not _assess(session(), journal=journal, name=f"stage.{here.phase.stage.name}"):
+            return False
+        following = phases[here.phase.index + 1]
+        # Under no name here: what was handed over, as large as the optimizer, is not to outlive the switch.
+        here.enter(following, inherited=here.hand_over(to=following))
+        journal.updates = dict(here.parts.updates)
+        journal.progress = following.enter(journal.progress, total=phases[-1].end)
+    return False
+
+
 class _Here:
     """The phase that a run is in, and its parts once they are built."""
 
-    def __init__(self, *, phase: Phase) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        phase: Phase,
+        prepared: Sequence[Prepared],
+        folder: Path,
+        ranks: Ranks,
+        journal: Journal,
+        watchdog: Watchdog,
+        around: Surroundings,
+    ) -> None:
         self.phase = phase
+        self._config, self._prepared, self._folder, self._ranks = config, prepared, folder, ranks
+        self._journal, self._watchdog, self._around = journal, watchdog, around
         self._parts: Parts | None = None
+
+    def enter(self, phase: Phase, *, resumed: bool = False, inherited: Inherited | None = None) -> None:
+        """Build the parts of a phase. resumed: a checkpoint will be loaded into them. A collective call."""
+        self._watchdog.beat(f"build {phase.name}", allowed_s=_DAY_S)
+        if inherited is not None:
+            fault_point("stage:switch", rank=self._ranks.rank, step=self._journal.progress.step)
+        self.phase = phase
+        self._parts = build(
+            self._prepared[phase.stage.index],
+            folder=stage_folder(self._folder, stage=phase.stage, config=self._config),
+            beginning=Beginning(
+                phase=phase.index,
+                frozen=phase.frozen,
+                resumed=resumed or not phase.begins_stage,
+                inherited=inherited,
+                updates=self._journal.updates,
+            ),
+            around=self._around,
+        )
+        # Transformers and DeepSpeed have set up their own loggers by now.
+        configure_logging(level=self._config.log.level, rank=self._ranks.rank)
 
     @property
     def parts(self) -> Parts:
         """The parts of this moment."""
         assert self._parts is not None
         return self._parts
-
-    @parts.setter
-    def parts(self, parts: Parts) -> None:
-        self._parts = parts
 
     def hand_over(self, *, to: Phase) -> Inherited:
         """End the phase; from here to the next parts there are none to close."""

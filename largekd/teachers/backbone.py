@@ -1,17 +1,17 @@
 """The student's frozen base as its teacher, seen from the step: the signal arises in the student's engine."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from largekd.contracts import Batch, OwnSignal, SignalRequest, TeacherSignal
 from largekd.errors import TeacherError
 from largekd.models.taps import check_layers
+from largekd.teachers.protocol import LearnsNothing
 
 
-class BackboneTeacher:
+class BackboneTeacher(LearnsNothing):
     """The model that the student's adapters were added to; it has no weights of its own and never learns."""
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -34,19 +34,6 @@ class BackboneTeacher:
         asked = request.distribution is not None or bool(request.taps)
         signal = OwnSignal(distribution=request.distribution is not None) if asked else None
         yield iter([signal] * len(micro_batches))
-
-    def after_step(self, figures: Mapping[str, Tensor]) -> None:
-        """A frozen teacher does not learn."""
-
-    @property
-    def state(self) -> None:
-        """Nothing that a checkpoint must keep."""
-        return None
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """None."""
-        return {}
 
     def close(self) -> None:
         """Nothing is held that the student's engine does not hold."""

@@ -1,6 +1,6 @@
 """The cached teacher: signals from what launch/cache_teacher.py stored."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -25,13 +25,14 @@ from largekd.errors import TeacherError
 from largekd.teachers.cache_codec import AnyCodec, HiddenCodec, Rows, SampledCodec, TopKCodec
 from largekd.teachers.cache_format import CacheReader
 from largekd.teachers.cache_taps import StoredLayers, check_taps, names_of, positions_of
+from largekd.teachers.protocol import LearnsNothing
 from largekd.teachers.readout import Readout
 
 # Where an id that the student lacks was the likeliest; the first entry of a row is never empty.
 _UNLIKELY = -1.0e4
 
 
-class CachedTeacher:
+class CachedTeacher(LearnsNothing):
     """Reads the records of a step's counted tokens and decodes them on the device.
 
     A request for the whole distribution (evaluation makes one) is answered with all that is stored: for likeliest ids
@@ -183,19 +184,6 @@ class CachedTeacher:
                 own = wanted.of_micro_batch(place, rank=self._rank)
                 return readout.sampled(batch.counted_T, request=own)
         return HiddenSignal(hidden_PE.view(rows, positions, -1), self._head)
-
-    def after_step(self, figures: Mapping[str, Tensor]) -> None:
-        """A cache does not learn."""
-
-    @property
-    def state(self) -> None:
-        """Nothing that a checkpoint must keep."""
-        return None
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """None."""
-        return {}
 
     def close(self) -> None:
         """Nothing to release: the maps go with the object."""

@@ -20,10 +20,11 @@ from largekd.engine.frozen import FrozenEngine
 from largekd.models.decoder import Decoder
 from largekd.models.taps import check_layers
 from largekd.sharding.shards import gathered
+from largekd.teachers.protocol import LearnsNothing
 from largekd.teachers.readout import Readout, scored_rows, translated
 
 
-class OnlineTeacher:
+class OnlineTeacher(LearnsNothing):
     """Serves last hidden states and the vocabulary head (a full distribution without logits), what is read off them
     in a few ids, and captured activations.
 
@@ -118,19 +119,6 @@ class OnlineTeacher:
         return self._decoder.head_spec.with_weights(
             weight_VD=self._decoder.head_weight.detach(), bias_V=None if bias is None else bias.detach()
         )
-
-    def after_step(self, figures: Mapping[str, Tensor]) -> None:
-        """A frozen teacher does not learn."""
-
-    @property
-    def state(self) -> None:
-        """Nothing that a checkpoint must keep."""
-        return None
-
-    @property
-    def metrics(self) -> Mapping[str, float]:
-        """None."""
-        return {}
 
     def close(self) -> None:
         """Remove the engine's hooks."""

@@ -63,6 +63,23 @@ class Teacher(Protocol):
         """Release what the teacher holds."""
 
 
+class LearnsNothing:
+    """What the protocol asks of a teacher that stays as it is."""
+
+    def after_step(self, figures: Mapping[str, Tensor]) -> None:
+        """It does not learn."""
+
+    @property
+    def state(self) -> None:
+        """Nothing that a checkpoint must keep."""
+        return None
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """None, unless a teacher has some."""
+        return {}
+
+
 @runtime_checkable
 class CountsSkips(Protocol):
     """A teacher whose schedule counts the steps that were skipped too."""

@@ -16,7 +16,7 @@ from largekd.contracts import Batch, SignalRequest, TeacherSignal
 from largekd.errors import TeacherError
 from largekd.runtime.http import RefusedError, UnavailableError
 from largekd.runtime.ranks import all_sum, gather_objects
-from largekd.teachers.protocol import StoppedWaitingError, TeacherGoneError
+from largekd.teachers.protocol import LearnsNothing, StoppedWaitingError, TeacherGoneError
 
 _POLL_S = 1.0
 _FIRST_WORD_S = 10.0
@@ -68,7 +68,7 @@ class Patience:
     group: dist.ProcessGroup | None = None
 
 
-class RemoteTeacher:
+class RemoteTeacher(LearnsNothing):
     """Signals of a teacher on other machines.
 
     Every rank asks for its own micro-batches. Before the student's forward the ranks agree that all have their
@@ -186,14 +186,6 @@ class RemoteTeacher:
             f"teacher.servers: no answer for teacher.wait_s = {self._patience.wait_s:g} s ({reason}). Start the server "
             "again, then the same command goes on with the run."
         )
-
-    def after_step(self, figures: Mapping[str, Tensor]) -> None:
-        """A remote teacher does not learn."""
-
-    @property
-    def state(self) -> None:
-        """Nothing that a checkpoint must keep."""
-        return None
 
     @property
     def metrics(self) -> Mapping[str, float]:

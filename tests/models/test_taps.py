@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from initialisation.families import SMALL
 from tap_jobs import REQUEST, TapLoss, batch_of, frozen_taps, sharded_gradients
 from tiny import save_tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -15,20 +16,6 @@ from largekd.models.decoder import Decoder, enable_checkpointing
 from largekd.models.taps import Capture, attention_shape, check_layers, depth, hidden_width
 
 LENGTH = 14
-SMALL = {
-    "vocab_size": 67,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.25,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 MIXED = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
 SLIDING = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
