@@ -138,6 +138,13 @@ def answers_in(folder: Path) -> list[tuple[str, str]]:
     return sorted((a.written.key, a.written.text) for path in shard_paths(folder) for a in read_shard(path))
 
 
+def current_answers(folder: Path) -> list[Any]:
+    """What curation reads of a job."""
+    from largekd.curation.ordering import OrderedAnswers
+
+    return [answer for row in OrderedAnswers(folder, seed=0).rows() for answer in row]
+
+
 def repeated(answers: Sequence[tuple[str, str]]) -> list[str]:
     """Keys that are there more than once."""
     return [key for key, count in Counter(key for key, _ in answers).items() if count > 1]

@@ -215,6 +215,9 @@ class GenerateOutputConfig(Frozen):
 
     dir: str = Field(description="Folder of the job; an unfinished one in it is continued.")
     fresh: bool = Field(False, description="Move an earlier job in the folder aside and start anew.")
+    retry_failed: bool = Field(
+        False, description="Ask again for what failed in earlier starts; the newest answer counts."
+    )
     shard_rows: int = Field(256, ge=1, description="Answers in one committed file.")
     commit_s: float = Field(30.0, gt=0, description="Seconds after which what is finished is committed.")
 

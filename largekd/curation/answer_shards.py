@@ -1,7 +1,8 @@
 """Answers on disk: files of JSON lines {"ask": …, "written": …}, each written once, whole, and never changed.
 
 `shard_000012.0123456789abcdef.jsonl`: the number says nothing but when it was written; the digits begin the SHA-256 of
-the content. A folder's answers are the union of its shards, whatever their number and order.
+the content. A folder's answers are the union of its shards, whatever their number and order; where an ask has several,
+because it failed and was asked again, the newest counts.
 """
 
 import hashlib
@@ -28,14 +29,19 @@ class Answer(NamedTuple):
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards in a folder by name; unfinished files are none."""
-    return sorted(path for path in folder.glob("shard_*.jsonl") if _NAME.fullmatch(path.name))
+    """The shards in a folder, the oldest first; unfinished files are none."""
+    return [path for _, path in sorted(_numbered(folder))]
 
 
 def next_number(folder: Path) -> int:
     """One more than the largest number of a shard in the folder."""
-    numbers = [int(match["number"]) for path in shard_paths(folder) if (match := _NAME.fullmatch(path.name))]
-    return max(numbers, default=-1) + 1
+    return max((number for number, _ in _numbered(folder)), default=-1) + 1
+
+
+def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.glob("shard_*.jsonl"):
+        if match := _NAME.fullmatch(path.name):
+            yield int(match["number"]), path
 
 
 def write_shard(folder: Path, *, number: int, answers: Sequence[Answer]) -> Path:
@@ -63,9 +69,9 @@ def read_shard(path: Path) -> list[Answer]:
 
 
 def read_answers(folder: Path) -> Iterator[Answer]:
-    """All answers of a folder of shards, each key once. Errors: DataError for a damaged shard."""
+    """All answers of a folder of shards, each key once, the newest. Errors: DataError for a damaged shard."""
     seen: set[str] = set()
-    for path in shard_paths(folder):
+    for path in reversed(shard_paths(folder)):
         for answer in read_shard(path):
             if answer.written.key not in seen:
                 seen.add(answer.written.key)

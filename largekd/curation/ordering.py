@@ -39,12 +39,13 @@ class OrderedAnswers:
         return len(self._places)
 
     def rows(self) -> Iterator[list[Answer]]:
-        """All answers of one row at a time, by sample, template and key; each key once."""
+        """All answers of one row at a time, by sample, template and key; each key once, and no failure of what was
+        answered later."""
         starts = np.flatnonzero(np.diff(self._places["order"], prepend=self._places["order"][:1] + 1))
         for start, stop in zip(starts, [*starts[1:], len(self._places)], strict=True):
-            found = sorted(map(self._read, self._places[start:stop]), key=_in_row)
+            found = _without_superseded([self._read(place) for place in self._places[start:stop]])
             first: dict[str, Answer] = {}
-            for answer in found:
+            for answer in sorted(found, key=_in_row):
                 first.setdefault(answer.written.key, answer)
             answers = list(first.values())
             self.repeated += len(found) - len(answers)
@@ -78,6 +79,21 @@ def canonical(answer: Answer) -> bytes:
     """The same bytes for equal answers."""
     record = {"ask": asdict(answer.ask), "written": asdict(answer.written)}
     return json.dumps(record, sort_keys=True).encode()
+
+
+def _without_superseded(answers: list[Answer]) -> list[Answer]:
+    """`answers`, the oldest first, without failed ones of a sample that was tried again; a revision names the template
+    of what it revises first."""
+    kept: list[Answer] = []
+    for place, answer in enumerate(answers):
+        item, template, sample = answer.ask.item.id, answer.ask.template, answer.ask.sample
+        again = answer.written.finish == "failed" and any(
+            (ask.item.id, ask.sample) == (item, sample) and f"{ask.template}+".startswith(f"{template}+")
+            for ask, _ in answers[place + 1 :]
+        )
+        if not again:
+            kept.append(answer)
+    return kept
 
 
 def _in_row(answer: Answer) -> tuple[str, int, str, str, str]:

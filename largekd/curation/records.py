@@ -39,7 +39,7 @@ class Ask:
     """One answer that is wanted: the row, the template, which sample of it, and the whole conversation so far.
 
     `key` names it for good: a function of row id, template (name and text), draw, seed, sample and conversation, and of
-    nothing else, such as the number of ranks.
+    nothing else, such as the number of ranks. `attempt`: how often it has failed in earlier starts.
     """
 
     item: Item
@@ -48,6 +48,7 @@ class Ask:
     draw: Draw
     seed: int
     messages: tuple[Message, ...]
+    attempt: int = 0
 
     @property
     def key(self) -> str:
@@ -55,6 +56,11 @@ class Ask:
         parts = [self.item.id, self.template, self.sample, asdict(self.draw), self.seed, self.messages]
         text = json.dumps(parts, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def attempt_key(self) -> str:
+        """The key, and which attempt it is from the second on."""
+        return f"{self.key}-{self.attempt}" if self.attempt else self.key
 
 
 @dataclass(frozen=True)

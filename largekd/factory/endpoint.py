@@ -110,7 +110,7 @@ class EndpointBackend:
             flight.waiting = None
             if ask is None:
                 return
-            known = self._journal.received(ask.key) or self._too_long(ask)
+            known = self._journal.received(ask.attempt_key) or self._too_long(ask)
             if known is not None:
                 yield known
             elif not flight.start(ask):
@@ -207,9 +207,9 @@ class _Flight:
 
 
 def committed_keys(folder: Path) -> set[str]:
-    """The keys of all answers in a job's shards, those of its stages too. Errors: DataError."""
+    """The attempts whose answers are in a job's shards, those of its stages too. Errors: DataError."""
     folders = {path.parent for path in folder.rglob("shard_*.jsonl")}
-    return {answer.written.key for one in folders for path in shard_paths(one) for answer in read_shard(path)}
+    return {answer.ask.attempt_key for one in folders for path in shard_paths(one) for answer in read_shard(path)}
 
 
 def check_sampling(config: EndpointBackendConfig, *, sampling: SamplingConfig) -> None:

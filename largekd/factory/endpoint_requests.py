@@ -90,7 +90,7 @@ class ChatRequests:
             max_bytes=longest_body(ask, config=self._config),
             content=request_body(ask, config=self._config),
             # An answer that was of no use must not be given again.
-            headers={"Content-Type": "application/json", "Idempotency-Key": f"{ask.key}-{unusable}"},
+            headers={"Content-Type": "application/json", "Idempotency-Key": f"{ask.attempt_key}-{unusable}"},
         )
         return read_answer(body)
 
@@ -129,7 +129,7 @@ class ChatRequests:
 
     def _put(self, ask: Ask, *, cost: float, written: Written | None) -> None:
         try:
-            self._journal.put(ask.key, cost=cost, written=written)
+            self._journal.put(ask.attempt_key, cost=cost, written=written)
         except OSError as error:
             raise GenerationError(f"output.dir: an answer cannot be written to the disk ({error})") from error
 

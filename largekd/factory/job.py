@@ -7,7 +7,8 @@ killed loses what it had not committed: at most `output.commit_s` seconds and `o
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,7 +69,7 @@ class Job:
                     left.unlink()
         done = self._done(folder)
         first = int(broadcast_object(next_number(folder), group=self.group))
-        missing = _in_order({ask.key: ask for ask in stage.asks if ask.key not in done}.values())
+        missing = _in_order(_missing(stage.asks, done=done, retry_failed=self.config.output.retry_failed))
         given = [answer for answer in stage.given if answer.written.key not in done]
         committer = Committer(
             folder=folder,
@@ -97,16 +98,22 @@ class Job:
         done = self._done(folder)
         return all(ask.key in done for ask in stage.asks)
 
-    def _done(self, folder: Path) -> set[str]:
-        """The keys in the folder's shards; the ranks share the reading out. A collective call."""
-        keys: list[str] = []
+    def _done(self, folder: Path) -> dict[str, int]:
+        """The keys in the folder's shards, with 0, or how often an ask failed that was never answered; the ranks share
+        the reading out. A collective call."""
+        found: list[tuple[str, bool]] = []
+        # One rank's listing for all: that of another host may lag behind.
+        names = broadcast_object([path.name for path in shard_paths(folder)], group=self.group)
         with Together(group=self.group):
-            for path in shard_paths(folder)[self.ranks.rank :: self.ranks.world_size]:
-                keys += [answer.written.key for answer in read_shard(path)]
-        return {key for part in gather_objects(keys, group=self.group) for key in part}
+            for name in names[self.ranks.rank :: self.ranks.world_size]:
+                found += [(written.key, written.finish == "failed") for _, written in read_shard(folder / name)]
+        everything = [pair for part in gather_objects(found, group=self.group) for pair in part]
+        failures = Counter(key for key, failed in everything if failed)
+        return dict(failures) | {key: 0 for key, failed in everything if not failed}
 
     def _answer(self, missing: Sequence[Ask], *, loose: LooseRanks, committer: "Committer", tally: Tally) -> None:
-        if self.backend is None:
+        # A writer loads its weights when it is asked to write.
+        if self.backend is None or not missing:
             return
         taken: dict[str, Ask] = {}
 
@@ -175,6 +182,13 @@ class Committer:
         fault_point("generate:after_shard", rank=self._rank, step=self._number)
         self._waiting = []
         self._number += self._distance
+
+
+def _missing(asks: Iterable[Ask], *, done: Mapping[str, int], retry_failed: bool) -> list[Ask]:
+    """Each ask once that has no answer; with `retry_failed` also those that only failed."""
+    wanted = {ask.key: ask for ask in asks}
+    again = (lambda key: done[key] > 0) if retry_failed else (lambda key: False)
+    return [replace(ask, attempt=done.get(key, 0)) for key, ask in wanted.items() if key not in done or again(key)]
 
 
 def _in_order(asks: Iterable[Ask]) -> list[Ask]:

@@ -5,7 +5,7 @@ resumed as any others, below `judge/`. Whose verdict counts is decided when the 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +22,6 @@ from largekd.factory.prompts import load_prompter
 
 JUDGE_FOLDER = "judge"
 
-ReadVerdict = Callable[[Written], Verdict]
-"""What a judge's text says; `unknown` for a text that says nothing or is cut off."""
-
 
 @dataclass(frozen=True)
 class JudgeStage(Stage):
@@ -34,11 +31,6 @@ class JudgeStage(Stage):
     def folder(self) -> str:
         """Where its shards are, below the job's folder."""
         return JUDGE_FOLDER
-
-
-def read_judgement(written: Written) -> Verdict:
-    """What a judge's text says, as a ReadVerdict."""
-    return judge_verdict(written.text, finish=written.finish)
 
 
 def open_keys(
@@ -85,26 +77,20 @@ def judge_asks(answers: Iterable[Answer], *, keys: Collection[str], config: Judg
     return asks
 
 
-def read_verdicts(folder: Path, *, asks: Iterable[Ask], read: ReadVerdict) -> dict[str, Verdict]:
-    """The verdict on each judged answer, by its key: that of most of the judge's samples, unknown where none has most.
+def stored_verdicts(folder: Path, *, config: JudgeConfig) -> dict[str, Verdict]:
+    """The verdict on each answer in a job's folder that was ever judged, by its key: that of most of the judge's samples,
+    unknown where none has most.
 
-    folder: the job's. asks: those of this configuration; verdicts on others, such as an earlier template's, do not
-    count. Errors: DataError for damaged shards.
+    Verdicts by another template, other draws or another seed do not count. Errors: ConfigError, DataError for the
+    template; DataError for damaged shards.
     """
-    wanted = {ask.key: ask.item.id for ask in asks}
+    keys = {ask.item.id for ask, _ in read_answers(folder / JUDGE_FOLDER)}
+    wanted = {ask.key for ask in judge_asks(read_answers(folder / RAW_FOLDER), keys=keys, config=config)}
     found: defaultdict[str, list[Verdict]] = defaultdict(list)
     for ask, written in read_answers(folder / JUDGE_FOLDER):
         if ask.key in wanted:
-            found[wanted[ask.key]].append(_verdict(written, read=read))
+            found[ask.item.id].append(_verdict(written))
     return {key: _most(verdicts) for key, verdicts in found.items()}
-
-
-def stored_verdicts(folder: Path, *, config: JudgeConfig, read: ReadVerdict = read_judgement) -> dict[str, Verdict]:
-    """What `read_verdicts` finds in a job's folder for this judge's template, draws and seed, of all answers that were
-    ever judged. Errors: ConfigError, DataError for the template; DataError for damaged shards."""
-    keys = {ask.item.id for ask, _ in read_answers(folder / JUDGE_FOLDER)}
-    asks = judge_asks(read_answers(folder / RAW_FOLDER), keys=keys, config=config)
-    return read_verdicts(folder, asks=asks, read=read)
 
 
 class JudgedRows:
@@ -131,10 +117,10 @@ class JudgedRows:
         return judged
 
 
-def _verdict(written: Written, *, read: ReadVerdict) -> Verdict:
+def _verdict(written: Written) -> Verdict:
     if written.finish == "failed":
         return Verdict("unknown", "judge", f"the judge did not answer: {written.failure}")
-    return read(written)
+    return judge_verdict(written.text, finish=written.finish)
 
 
 def _most(verdicts: Sequence[Verdict]) -> Verdict:

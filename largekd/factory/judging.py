@@ -8,12 +8,11 @@ import torch.distributed as dist
 
 from largekd.config.generate import GenerateConfig
 from largekd.curation.answer_shards import RAW_FOLDER, read_answers
-from largekd.curation.records import Verdict
 from largekd.errors import ConfigError, DataError
 from largekd.factory.backends import Backend
 from largekd.factory.identity import JOB_FILE, differences
 from largekd.factory.job import Job
-from largekd.factory.judge import JUDGE_FOLDER, JudgeStage, ReadVerdict, judge_asks, read_verdicts
+from largekd.factory.judge import JUDGE_FOLDER, JudgeStage, judge_asks
 from largekd.factory.plan import Plan
 from largekd.runtime.files import read_json, write_json
 from largekd.runtime.ranks import Ranks, Together, broadcast_object
@@ -28,16 +27,16 @@ def judge_answers(
     *,
     folder: Path,
     find_open: Callable[[], Collection[str]],
-    read: ReadVerdict,
     build: BuildBackend,
     ranks: Ranks,
     stop: StopSignal,
     group: dist.ProcessGroup | None = None,
-) -> dict[str, Verdict] | None:
-    """Verdicts by the judged answers' keys; None when it was told to stop, and then the same command goes on.
+) -> bool:
+    """Whether all are judged; False when it was told to stop, and then the same command goes on. The verdicts are read by
+    `judge.stored_verdicts`.
 
     find_open: the keys of the answers that are to be judged, see `judge.open_keys`; called on rank 0 alone, for it may
-    run programs. read: what a judge's text says. A collective call. Errors: LargeKDError, on all ranks.
+    run programs. A collective call. Errors: LargeKDError, on all ranks.
     """
     assert config.judge is not None
     own, judges = folder / JUDGE_FOLDER, judges_config(config)
@@ -56,13 +55,7 @@ def judge_answers(
                 assert backend is not None
                 _claim(own, writer=backend)
         job = Job(config=judges, folder=folder, backend=backend, ranks=ranks, stop=stop, group=group)
-        finished = job.run(_plan(JudgeStage("judge", asks, is_last=True)))
-    if not finished:
-        return None
-    verdicts: dict[str, Verdict] = {}
-    with Together(group=group):
-        verdicts = read_verdicts(folder, asks=asks, read=read)
-    return verdicts
+        return job.run(_plan(JudgeStage("judge", asks, is_last=True)))
 
 
 def judges_config(config: GenerateConfig) -> GenerateConfig:

@@ -1,6 +1,7 @@
 """A generation job from its configuration to its training data."""
 
 import logging
+from collections import Counter
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ from largekd.factory.asks import Asker
 from largekd.factory.backends import Backend
 from largekd.factory.identity import claim, identity_of
 from largekd.factory.job import Job
-from largekd.factory.judge import read_judgement
 from largekd.factory.judged_data import curate_job, keys_to_judge
 from largekd.factory.judging import judge_answers
 from largekd.factory.plan import plan
@@ -62,8 +62,7 @@ def generate(config: GenerateConfig, *, curate: bool = True) -> dict[str, Any] |
             error.only_here = not main_failed_too(ranks=ranks)
             raise
         if ranks.is_main:
-            told = "stopped; the same command goes on with it" if summary is None else f"{summary['answers']} answers"
-            write_line(f"{folder}: {told}.")
+            write_line(f"{folder}: {_told(summary)}.")
         return summary
 
 
@@ -88,7 +87,8 @@ def _run(
     summary: dict[str, Any] = {}
     with Together(group=group):
         if ranks.is_main:
-            summary = {"folder": str(folder), "answers": sum(1 for _ in read_answers(folder / RAW_FOLDER))}
+            finishes = Counter(written.finish for _, written in read_answers(folder / RAW_FOLDER))
+            summary = {"folder": str(folder), "answers": finishes.total(), "failed": finishes["failed"]}
             if curate:
                 summary["curation"] = curate_job(folder, config=config.curation, judge=config.judge)
     return dict(broadcast_object(summary, group=group))
@@ -120,17 +120,23 @@ def _judge(
     """Whether all answers that the judge is to see are judged; False: told to stop."""
     judge = config.judge
     assert judge is not None
-    verdicts = judge_answers(
+    return judge_answers(
         config,
         folder=folder,
         find_open=lambda: keys_to_judge(folder, config=config.curation, judge=judge),
-        read=read_judgement,
         build=lambda own, place: build_backend(own, folder=place, ranks=ranks, group=group),
         ranks=ranks,
         stop=stop,
         group=group,
     )
-    return verdicts is not None
+
+
+def _told(summary: dict[str, Any] | None) -> str:
+    if summary is None:
+        return "stopped; the same command goes on with it"
+    failed = summary["failed"]
+    again = f", {failed} of them failed (output.retry_failed=true asks for these again)" if failed else ""
+    return f"{summary['answers']} answers{again}"
 
 
 def build_backend(

@@ -20,11 +20,11 @@ def generated(*, tree: dict[str, Any]) -> dict[str, Any] | str | None:
 
 def answered_and_judged(*, tree: dict[str, Any]) -> dict[str, str] | str | None:
     """A job and its judge; the outcomes by the answers' keys, or what the user is told instead."""
-    from factory.test_judge import ByText, read
+    from factory.test_judge import ByText
 
     from largekd.curation.ordering import OrderedAnswers
     from largekd.errors import LargeKDError
-    from largekd.factory.judge import open_keys
+    from largekd.factory.judge import open_keys, stored_verdicts
     from largekd.factory.judging import judge_answers
     from largekd.factory.run import build_backend
     from largekd.runtime.ranks import current_ranks
@@ -35,17 +35,18 @@ def answered_and_judged(*, tree: dict[str, Any]) -> dict[str, str] | str | None:
     folder, ranks, judge = Path(config.output.dir), current_ranks(), config.judge
     assert judge is not None
     try:
-        verdicts = judge_answers(
+        whole = judge_answers(
             config,
             folder=folder,
             find_open=lambda: open_keys(
                 OrderedAnswers(folder, seed=0).rows(), config=judge, curation=config.curation, examiner=ByText()
             ),
-            read=read,
             build=lambda config, own: build_backend(config, folder=own, ranks=ranks),
             ranks=ranks,
             stop=StopSignal(launched=False),
         )
     except LargeKDError as error:
         return f"{type(error).__name__}: {error}"
-    return None if verdicts is None else {key: verdict.outcome for key, verdict in verdicts.items()}
+    if not whole:
+        return None
+    return {key: verdict.outcome for key, verdict in stored_verdicts(folder, config=judge).items()}

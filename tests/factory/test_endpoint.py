@@ -248,6 +248,26 @@ def test_an_ask_at_which_the_server_always_fails_is_a_failed_row(tmp_path):
     assert len(server.requests) == 5
 
 
+def test_a_second_attempt_has_a_name_of_its_own_and_is_paid_for_once(tmp_path):
+    refusal = as_json(completion("", choices=[{"message": {"refusal": "no"}, "finish_reason": "stop"}]))
+    replies = [refusal]
+
+    def misbehave(question, good):
+        return replies.pop() if replies else good
+
+    (ask,) = make_asks(1)
+    with chat_server(misbehave) as server:
+        found = write_all(server.url, tmp_path, [ask])
+        assert found[ask.key].finish == "failed"
+        commit(tmp_path / "raw", [ask], found)
+        # Received and not committed: a process was killed.
+        for _ in range(2):
+            (again,) = write_all(server.url, tmp_path, [replace(ask, attempt=1)]).values()
+            assert again.text == right_text(ask.item.question)
+        keys = [headers["Idempotency-Key"] for _, _, headers in server.fake.asked]
+    assert len(keys) == 2 == len(set(keys)), "a server that knows the key would repeat its refusal"
+
+
 def test_a_server_that_is_gone_makes_no_failed_rows(tmp_path):
     asks = make_asks(6)
     with chat_server() as server:

@@ -6,7 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
-from factory_jobs import ScriptedBackend, answers_in, job_settings, kill, repeated, run_job, start_scripted
+from factory_jobs import (
+    ScriptedBackend,
+    answers_in,
+    current_answers,
+    job_settings,
+    kill,
+    repeated,
+    run_job,
+    start_scripted,
+)
 from tiny_run import changed
 
 from largekd.curation.answer_shards import read_answers, shard_paths
@@ -77,6 +86,48 @@ def test_a_failed_answer_is_a_row_with_the_reason(tmp_path):
     found = [answer.written for answer in read_answers(tmp_path / "job/raw")]
     assert [written.failure for written in found if written.finish == "failed"] == ["asked to fail"] * 4
     assert len(found) == 20
+
+
+def test_failed_answers_are_asked_for_again_on_request_alone_and_the_newest_counts(tmp_path):
+    tree = job_settings(tmp_path, rows=4)
+    assert run_job(tree, backend=ScriptedBackend(fail_on="What is 2"))
+    unasked = ScriptedBackend()
+    assert run_job(tree, backend=unasked) and unasked.asked == []
+    again = changed(tree, output__retry_failed=True)
+    assert run_job(again, backend=ScriptedBackend(fail_on="What is 2"))
+    answered = ScriptedBackend()
+    assert run_job(again, backend=answered) and len(answered.asked) == 4
+    done = ScriptedBackend()
+    assert run_job(again, backend=done) and done.asked == []
+    whole = changed(tree, output__dir=str(tmp_path / "whole"))
+    assert run_job(whole, backend=ScriptedBackend())
+    for found in (list(read_answers(tmp_path / "job/raw")), current_answers(tmp_path / "job")):
+        assert sorted((ask.key, written.text) for ask, written in found) == answers_in(tmp_path / "whole/raw")
+        assert sorted(ask.attempt for ask, _ in found) == [0] * 12 + [2] * 4
+
+
+@pytest.mark.parametrize("change", [{"prompts__turns": 2}, {"prompts__revise": True}])
+def test_a_conversation_that_goes_on_after_all_replaces_its_failure(tmp_path, change):
+    tree = job_settings(tmp_path, rows=4, **change)
+    for fail_on in ("What is 2", "Person: What is 2" if "prompts__turns" in change else "Look at"):
+        assert run_job(tree, backend=ScriptedBackend(fail_on=fail_on))
+        tree = changed(tree, output__retry_failed=True)
+    assert run_job(tree, backend=ScriptedBackend())
+    whole = changed(tree, output__dir=str(tmp_path / "whole"))
+    assert run_job(whole, backend=ScriptedBackend())
+    found = current_answers(tmp_path / "job")
+    assert sorted((ask.key, written.text) for ask, written in found) == answers_in(tmp_path / "whole/raw")
+
+
+def test_a_whole_job_does_not_wake_its_writer(tmp_path):
+    tree = job_settings(tmp_path, prompts__revise=True)
+    assert run_job(tree, backend=ScriptedBackend())
+
+    class Asleep(ScriptedBackend):
+        def write(self, asks, *, stopping):
+            raise AssertionError("it would load its weights")
+
+    assert run_job(tree, backend=Asleep())
 
 
 class _Broken(ScriptedBackend):

@@ -11,11 +11,11 @@ from teachers.remote_fakes import as_json
 
 from largekd.config.curation import CurationConfig
 from largekd.config.generate import EndpointBackendConfig, JudgeConfig
-from largekd.curation.answer_shards import Answer, write_shard
+from largekd.curation.answer_shards import RAW_FOLDER, Answer, write_shard
 from largekd.curation.examination import Examined, Span
 from largekd.curation.records import Ask, Draw, Item, Parsed, Verdict, Written
 from largekd.errors import ConfigError
-from largekd.factory.judge import JUDGE_FOLDER, JudgedRows, judge_asks, open_keys, read_verdicts
+from largekd.factory.judge import JUDGE_FOLDER, JudgedRows, judge_asks, open_keys, stored_verdicts
 
 DRAW = Draw(temperature=1.0, top_p=1.0, top_k=None, min_p=0.0, max_new_tokens=9, stop=())
 
@@ -45,13 +45,6 @@ def answers(*texts: str | None) -> list[Answer]:
         written = Written(ask.key, text or "", "failed" if text is None else "stop", 1, 1)
         found.append(Answer(ask, written))
     return found
-
-
-def read(written: Written) -> Verdict:
-    for outcome in ("right", "wrong"):
-        if written.text.endswith(f"Verdict: {outcome}"):
-            return Verdict(outcome, "judge", written.text)
-    return Verdict("unknown", "judge")
 
 
 def test_only_what_no_rule_knows_is_judged_unless_all_is_asked_for():
@@ -110,11 +103,12 @@ def test_most_samples_decide(tmp_path, said, outcome):
         Answer(ask, Written(ask.key, text or "", "failed" if text is None else "stop", 1, 1))
         for ask, text in zip(asks, said, strict=True)
     ]
-    (tmp_path / JUDGE_FOLDER).mkdir()
-    write_shard(tmp_path / JUDGE_FOLDER, number=0, answers=judged)
-    assert read_verdicts(tmp_path, asks=asks, read=read)[key].outcome == outcome
-    others = judge_asks(given, keys=[key], config=JudgeConfig(samples=3, temperature=1.0))
-    assert read_verdicts(tmp_path, asks=others, read=read) == {}, "verdicts of other draws do not count"
+    for folder, shard in ((RAW_FOLDER, given), (JUDGE_FOLDER, judged)):
+        (tmp_path / folder).mkdir()
+        write_shard(tmp_path / folder, number=0, answers=shard)
+    assert stored_verdicts(tmp_path, config=JudgeConfig(samples=3))[key].outcome == outcome
+    others = JudgeConfig(samples=3, temperature=1.0)
+    assert stored_verdicts(tmp_path, config=others) == {}, "verdicts of other draws do not count"
 
 
 def test_a_judge_completes_rules_or_replaces_them():
