@@ -33,9 +33,9 @@ class _Entry(NamedTuple):
 class Journal:
     """Answers that were received and are perhaps not in a shard yet. One process at a time has it open.
 
-    Keys are those of attempts. committed: those of all answers that are in the job's shards; asked when it is opened and closed, if it holds an
-    answer. `spent`: cost of everything before it was opened. A line that a crash cut off is dropped; lines that are
-    damaged otherwise are told in the log.
+    Keys are those of attempts. committed: those of all answers that are in the job's shards; asked when it is opened
+    and closed, if it holds an answer. `spent`: cost of everything before it was opened. A line that a crash cut off is
+    dropped; lines that are damaged otherwise are told in the log.
     """
 
     def __init__(self, path: Path, *, committed: Callable[[], Collection[str]]) -> None:

@@ -78,8 +78,8 @@ def judge_asks(answers: Iterable[Answer], *, keys: Collection[str], config: Judg
 
 
 def stored_verdicts(folder: Path, *, config: JudgeConfig) -> dict[str, Verdict]:
-    """The verdict on each answer in a job's folder that was ever judged, by its key: that of most of the judge's samples,
-    unknown where none has most.
+    """The verdict on each answer in a job's folder that was ever judged, by its key: that of most of the judge's
+    samples, unknown where none has most.
 
     Verdicts by another template, other draws or another seed do not count. Errors: ConfigError, DataError for the
     template; DataError for damaged shards.
