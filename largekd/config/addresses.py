@@ -46,6 +46,9 @@ def _form(address: str, *, token_key: str) -> str | None:
         return f"{address!r} is no address ({error})"
     if parts.username is not None or parts.password is not None:
         return f"an address must not hold a password; use {token_key}"
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    if parts.query or parts.fragment:
+        # Not shown: keys are put there.
+        return f"an address must end before '?' and '#'; a key belongs into {token_key}"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         return f"{address!r} must look like https://host:port"
     return None

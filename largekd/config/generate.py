@@ -1,5 +1,6 @@
 """What a model is asked to write, and how: the configuration of launch/generate.py."""
 
+import re
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -81,7 +82,9 @@ class EndpointBackendConfig(Frozen):
     kind: Literal["endpoint"]
     url: str = Field(description="Base address, such as https://host/v1.")
     model: str = Field(description="Name that the server knows the model by.")
-    key_variable: str | None = Field(None, description="Environment variable with the key; null: none is sent.")
+    key_variable: str | None = Field(
+        None, description="Name of the environment variable with the key, never the key; null: none is sent."
+    )
     allow_remote: bool = Field(False, description="Send prompts to a server that is not on this machine.")
     concurrency: int = Field(8, ge=1, le=1024, description="Requests at the same time.")
     requests_per_minute: float | None = Field(None, gt=0, description="Limit, attempts that failed included.")
@@ -109,6 +112,9 @@ class EndpointBackendConfig(Frozen):
 
     @model_validator(mode="after")
     def _rules(self) -> Self:
+        if self.key_variable is not None and not _VARIABLE.fullmatch(self.key_variable):
+            # Said by a validator of the whole record, whose message does not show the value: it may be the key.
+            raise ValueError("key_variable: is no name of an environment variable; the key itself must not be here")
         problems = [
             *address_problems(
                 self.url,
@@ -126,6 +132,7 @@ class EndpointBackendConfig(Frozen):
         return self
 
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _OWNED = frozenset(
     {"model", "messages", "n", "stream", "max_tokens", "max_completion_tokens", "logprobs"}
     | {"temperature", "top_p", "top_k", "min_p", "stop", "seed"}
@@ -171,13 +178,21 @@ class SamplingConfig(Frozen):
 
     samples: int = Field(1, ge=1, description="Answers to each prompt.")
     temperature: float = Field(0.7, ge=0, description="Divides the logits; 0: always the likeliest token.")
-    temperatures: tuple[float, ...] = Field((), description="One per sample in turn; replaces the above.")
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (), description="One per sample in turn; replaces the above."
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Draw among the likeliest tokens that have this mass together.")
     top_k: int | None = Field(None, ge=1, description="Draw among this many likeliest tokens; null: among all.")
     min_p: float = Field(0.0, ge=0, lt=1, description="Draw among tokens with at least this share of the likeliest's.")
     max_new_tokens: int = Field(512, ge=1, description="Longest answer.")
-    max_prompt_tokens: int = Field(2048, ge=1, description="Longer prompts are kept as failed rows with the reason.")
-    stop: tuple[str, ...] = Field((), description="Texts that end an answer; they are cut off.")
+    max_prompt_tokens: int = Field(
+        2048,
+        ge=1,
+        description="Longer prompts are kept as failed rows with the reason; may be raised later, with retry_failed.",
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        (), description="Texts that end an answer; they are cut off."
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all draws.")
 
 

@@ -87,6 +87,9 @@ def _problem(details: ErrorDetails, *, record: type[BaseModel], data: Any) -> st
         rule += "; put quotes around it in the YAML"
     if context.get("class_name") == SourceConfig.__name__:
         rule = "must be a path or a mapping of keys"
+    if isinstance(value, Mapping):
+        # A rule about several keys names them itself; beside them may stand what must not be shown.
+        return f"{key}: {rule}" if key else rule
     return f"{key} = {shown(value)}: {rule}" if key else rule
 
 

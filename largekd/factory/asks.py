@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,9 @@ import numpy as np
 
 from largekd.config.generate import PromptConfig, SamplingConfig
 from largekd.curation.records import Ask, Draw, Item, Message
-from largekd.errors import DataError
+from largekd.errors import ConfigError, DataError
 from largekd.factory.prompts import Prompter, load_prompter
+from largekd.factory.sources import json_objects, plain_record
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,16 @@ class Asker:
 
     @cached_property
     def prompters(self) -> list[Prompter]:
-        """The templates of `prompts.templates`. Errors: ConfigError."""
-        return [load_prompter(name, key=f"prompts.templates.{i}") for i, name in enumerate(self.prompts.templates)]
+        """The templates of `prompts.templates`. Errors: ConfigError, also for two of one name: data know them by it."""
+        names = self.prompts.templates
+        found = [load_prompter(name, key=f"prompts.templates.{place}") for place, name in enumerate(names)]
+        for place, prompter in enumerate(found):
+            if prompter.name in [earlier.name for earlier in found[:place]]:
+                raise ConfigError(
+                    f"prompts.templates.{place} = {names[place]!r}: an earlier one is called {prompter.name!r} too; "
+                    "rename the file, or leave one out."
+                )
+        return found
 
     @cached_property
     def examples(self) -> list[dict[str, Any]]:
@@ -78,16 +87,29 @@ class Asker:
         known |= {name: value for name, value in (("answer", item.answer), ("tests", item.tests)) if value is not None}
         if self.prompts.few_shot is not None:
             # An example must not give the row's own answer away.
-            others = [example for example in self.examples if example["question"] != item.question]
+            own = " ".join(item.question.split())
+            others = [example for example in self.examples if " ".join(example["question"].split()) != own]
             known["examples"] = draw_some(others, count=self.prompts.few_shot_count, parts=("few-shot", item.id))
         return known
 
     def digests(self) -> dict[str, str]:
         """What tells the templates' texts from others."""
-        names = [*self.prompts.templates]
-        names += [self.prompts.revise_template] if self.prompts.revise else []
-        names += [self.prompts.user_template] if self.prompts.turns > 1 else []
-        return {name: load_prompter(name, key="prompts").digest for name in names}
+        found = dict(zip(self.prompts.templates, self.prompters, strict=True))
+        return {name: prompter.digest for name, prompter in (found | self._later).items()}
+
+    def try_out(self, item: Item) -> None:
+        """DataError now, and not after days, for a template that needs what rows like this one do not have."""
+        variables = {**self.variables(item), "conversation": [{"role": "user", "content": item.question}]}
+        for prompter in (*self.prompters, *self._later.values()):
+            prompter.messages(variables, row=item.id)
+
+    @cached_property
+    def _later(self) -> dict[str, Prompter]:
+        """Those of further turns."""
+        prompts = self.prompts
+        names = {"revise_template": prompts.revise_template} if prompts.revise else {}
+        names |= {"user_template": prompts.user_template} if prompts.turns > 1 else {}
+        return {name: load_prompter(name, key=f"prompts.{key}") for key, name in names.items()}
 
 
 def seed_of(*parts: int | str) -> int:
@@ -103,23 +125,14 @@ def draw_some(values: Sequence[Any], *, count: int, parts: tuple[int | str, ...]
 
 def read_lines(name: str, *, columns: Sequence[str], key: str) -> list[dict[str, Any]]:
     """The objects of a JSONL file, each with text in these columns. Errors: DataError; `key` named the file."""
-    path = Path(name).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        found = list(json_objects([Path(name).expanduser()], key=key))
+    except OSError as error:
         raise DataError(f"{key} = {name!r}: cannot be read ({error}).") from error
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record: Mapping[str, Any] = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number} ({key}): not JSON ({error}).") from error
-        lacking = [name for name in columns if not isinstance(record, dict) or not isinstance(record.get(name), str)]
-        if lacking:
-            raise DataError(f"{path}, line {number} ({key}): no text in {lacking[0]!r}.")
-        found.append(dict(record))
+    for number, record in enumerate(found, start=1):
+        for column in columns:
+            if not isinstance(record.get(column), str):
+                raise DataError(f"{name}, object {number} ({key}): no text in {column!r}.")
     if not found:
         raise DataError(f"{key} = {name!r}: the file has no line.")
-    return found
+    return [plain_record(record) for record in found]

@@ -1,21 +1,40 @@
 """A conversation as the text, and the ids, that a model goes on with."""
 
+from collections.abc import Sequence
+
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from largekd.curation.records import Ask, Written
+from largekd.curation.records import Ask, Message, Written
 from largekd.factory.job import failed
 
 
 def chat_text(ask: Ask, *, tokenizer: PreTrainedTokenizerBase) -> str:
     """The messages by the tokenizer's chat template; without one, their texts with blank lines between.
 
+    A system message that the template refuses or leaves out stands in front of the first question.
     Errors: jinja2.TemplateError for a conversation that the template refuses.
     """
+    messages = ask.messages
     if not tokenizer.chat_template:
-        return "\n\n".join(message["content"] for message in ask.messages)
+        return "\n\n".join(message["content"] for message in messages)
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return _rendered(messages, tokenizer=tokenizer)
+    system, question, *more = messages
+    try:
+        text = _rendered(messages, tokenizer=tokenizer)
+        if text != _rendered(messages[1:], tokenizer=tokenizer):
+            return text
+    except TemplateError:
+        # What else it may refuse, it refuses again.
+        pass
+    joined = {"role": "user", "content": f"{system['content']}\n\n{question['content']}"}
+    return _rendered([joined, *more], tokenizer=tokenizer)
+
+
+def _rendered(messages: Sequence[Message], *, tokenizer: PreTrainedTokenizerBase) -> str:
     text = tokenizer.apply_chat_template(
-        [dict(message) for message in ask.messages], tokenize=False, add_generation_prompt=True
+        [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
     )
     assert isinstance(text, str)
     return text

@@ -24,6 +24,8 @@ _FIRST_PAUSE_S = 0.5
 _LONGEST_RETRY_AFTER_S = 3600.0
 _POLL_S = 0.5
 _MODELS_BYTES = 1 << 22
+# More, with no answer between them, are the server's or the request's fault and no prompt's.
+_REFUSALS_IN_A_ROW = 20
 
 
 class ChatRequests:
@@ -40,6 +42,7 @@ class ChatRequests:
         self._url = config.url.rstrip("/")
         self._pace = Pace(requests_per_minute=config.requests_per_minute, tokens_per_minute=config.tokens_per_minute)
         self._jitter, self._lock, self._answered = random.Random(), threading.Lock(), 0
+        self._refused = 0
 
     def answer(self, ask: Ask, *, halted: threading.Event) -> Written | None:
         """The answer to an ask that the meter has reserved.
@@ -56,7 +59,7 @@ class ChatRequests:
                 answer = self._exchange(ask, unusable=unusable)
             except RefusedError as error:
                 self._unused(ask)
-                if is_about_the_prompt(error):
+                if is_about_the_prompt(error) or self._is_of_this_ask(error, ask=ask):
                     return _failed(ask, reason=self._client.shown(str(error)), cost=cost)
                 raise self._for_the_user(error) from error
             except MalformedError as error:
@@ -119,6 +122,7 @@ class ChatRequests:
         self._put(ask, cost=paid, written=written)
         with self._lock:
             self._answered += 1
+            self._refused = 0
         return written
 
     def _charge(self, ask: Ask, *, usage: Usage | None) -> float:
@@ -178,6 +182,15 @@ class ChatRequests:
             f"backend.url = {self._url}: no answer after {self._config.retries + 1} attempts, the last one: "
             f"{self._client.shown(str(failure))}. Start again when the server is back: what is there is kept."
         )
+
+    def _is_of_this_ask(self, error: RefusedError, *, ask: Ask) -> bool:
+        """Whether a refusal in words that nobody knows is one of this prompt: others of the same form were answered,
+        and not long ago."""
+        if error.status not in (400, 413, 422) or not (self._answered or ask.attempt):
+            return False
+        with self._lock:
+            self._refused += 1
+            return self._refused <= _REFUSALS_IN_A_ROW
 
     def _is_there(self) -> bool:
         try:

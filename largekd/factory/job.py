@@ -18,6 +18,7 @@ import torch.distributed as dist
 from largekd.config.generate import GenerateConfig
 from largekd.curation.answer_shards import Answer, next_number, read_answers, read_shard, shard_paths, write_shard
 from largekd.curation.records import Ask, Written
+from largekd.errors import GenerationError
 from largekd.factory.backends import Backend
 from largekd.factory.plan import Plan, Stage
 from largekd.factory.tally import Tally
@@ -174,11 +175,17 @@ class Committer:
             self.commit()
 
     def commit(self) -> None:
-        """Commit what there is. Errors: OSError."""
+        """Commit what there is. Errors: GenerationError, such as for a full disk."""
         if not self._waiting:
             return
         fault_point("generate:before_shard", rank=self._rank, step=self._number)
-        write_shard(self._folder, number=self._number, answers=self._waiting)
+        try:
+            write_shard(self._folder, number=self._number, answers=self._waiting)
+        except OSError as error:
+            raise GenerationError(
+                f"output.dir: {len(self._waiting)} answers cannot be written below {self._folder} ({error}). Make room "
+                "and start again: what is there is kept."
+            ) from error
         fault_point("generate:after_shard", rank=self._rank, step=self._number)
         self._waiting = []
         self._number += self._distance

@@ -51,6 +51,13 @@ def open_keys(
     )
 
 
+def try_template(config: JudgeConfig) -> None:
+    """DataError now, and not after all answers, for a template that needs what there will not be; ConfigError for one
+    that cannot be used at all."""
+    variables = {**config.variables, "question": "?", "answer": None, "text": "?"}
+    load_prompter(config.template, key="judge.template").messages(variables, row="to be judged")
+
+
 def judge_asks(answers: Iterable[Answer], *, keys: Collection[str], config: JudgeConfig) -> list[Ask]:
     """What the judge is asked about the answers with these keys, in an order that does not depend on the answers'.
 

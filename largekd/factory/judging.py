@@ -32,8 +32,8 @@ def judge_answers(
     stop: StopSignal,
     group: dist.ProcessGroup | None = None,
 ) -> bool:
-    """Whether all are judged; False when it was told to stop, and then the same command goes on. `judge.stored_verdicts`
-    reads what was said.
+    """Whether all are judged, for `judge.stored_verdicts` to read; False when it was told to stop, and then the same
+    command goes on.
 
     find_open: the keys of the answers that are to be judged, see `judge.open_keys`; called on rank 0 alone, for it may
     run programs. A collective call. Errors: LargeKDError, on all ranks.

@@ -51,9 +51,12 @@ def plan(config: GenerateConfig, *, asker: Asker) -> Plan:
     match config.source:
         case RowSourceConfig() as rows:
             items = read_items(rows)
+            asker.try_out(items[0])
         case TopicSourceConfig() as topics:
+            asker.try_out(Item("of a topic", "?", fields={"topic": "?", "task": "?", "persona": "?"}))
             items = yield from _of_topics(topics, asker=asker)
         case SeedSourceConfig() as seeds:
+            asker.try_out(Item("of seeds", "?"))
             items = yield from _of_seeds(seeds, asker=asker)
     yield from _conversations(items, asker=asker)
 
@@ -145,18 +148,21 @@ def _conversations(items: Sequence[Item], *, asker: Asker) -> Plan:
             yield stage
             return
         answers = yield stage
-        talks = _answered(talks, answers, lost=lost)
+        talks = _answered(talks, answers, lost=lost, revised=turn == prompts.turns - 1)
         if turn < prompts.turns - 1:
             talks = yield from _users(talks, asker=asker, turn=turn, lost=lost)
     yield _revision(talks, asker=asker, lost=lost)
 
 
-def _answered(talks: Sequence[_Talk], answers: Mapping[str, Written], *, lost: list[Answer]) -> list[_Talk]:
-    """Conversations with the answer in place; those without one are lost, with the reason."""
+def _answered(
+    talks: Sequence[_Talk], answers: Mapping[str, Written], *, lost: list[Answer], revised: bool
+) -> list[_Talk]:
+    """Conversations with the answer in place; those without one, or with one that is cut off and will not be revised,
+    go no further."""
     found = []
     for talk in talks:
         written = answers[talk.ask.key]
-        if written.finish == "failed":
+        if written.finish == "failed" or (written.finish == "length" and not revised):
             lost.append(Answer(talk.ask, written))
         else:
             talk.ask = replace(talk.ask, messages=(*talk.ask.messages, _says("assistant", written.text)))

@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
 from largekd.config.generate import EmbeddedBackendConfig, EndpointBackendConfig, GenerateConfig
 from largekd.config.render import render_config
 from largekd.curation.records import Ask
 from largekd.data.vocabulary import load_tokenizer
 from largekd.factory.asks import Asker
 from largekd.factory.chat import chat_text
+from largekd.factory.judge import try_template
 from largekd.factory.plan import Stage, plan
 
 _SHOWN = 2
@@ -22,6 +26,8 @@ def preview(config: GenerateConfig) -> str:
     Only the first stage's asks are known beforehand: what is asked later depends on answers.
     Errors: LargeKDError for sources and templates that cannot be used.
     """
+    if config.judge is not None:
+        try_template(config.judge)
     stage = next(plan(config, asker=Asker(config.prompts, config.sampling)))
     parts = [render_config(config)]
     shown = {ask.template: ask for ask in reversed(stage.asks)}
@@ -50,6 +56,13 @@ def _estimates(config: GenerateConfig, *, stage: Stage) -> list[str]:
     return lines
 
 
+def _chat_text(ask: Ask, *, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return chat_text(ask, tokenizer=tokenizer)
+    except TemplateError as error:
+        return f"the model's chat template refuses this conversation: {error}"
+
+
 def _renderer(config: GenerateConfig) -> Callable[[Ask], str]:
     backend = config.backend
     if isinstance(backend, EmbeddedBackendConfig):
@@ -59,6 +72,6 @@ def _renderer(config: GenerateConfig) -> Callable[[Ask], str]:
             trust_remote_code=backend.trust_remote_code,
             key="backend.model",
         )
-        return lambda ask: chat_text(ask, tokenizer=tokenizer)
+        return lambda ask: _chat_text(ask, tokenizer=tokenizer)
     # The server applies the chat template.
     return lambda ask: "\n".join(f"[{message['role']}]\n{message['content']}" for message in ask.messages)

@@ -49,6 +49,8 @@ class Prompter:
                 content = self._block(role, variables=variables, row=row)
                 if content:
                     found.append({"role": role, "content": content})
+                elif role == "user":
+                    raise DataError(f"template {self.name!r}, row {row}: the block `user` is empty: nothing is asked.")
         if system is not None:
             found = [message for message in found if message["role"] != "system"]
             found.insert(0, {"role": "system", "content": system})

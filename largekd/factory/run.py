@@ -18,10 +18,10 @@ from largekd.factory.asks import Asker
 from largekd.factory.backends import Backend
 from largekd.factory.identity import claim, identity_of
 from largekd.factory.job import Job
+from largekd.factory.judge import try_template
 from largekd.factory.judged_data import curate_job, keys_to_judge
 from largekd.factory.judging import judge_answers
 from largekd.factory.plan import plan
-from largekd.factory.prompts import load_prompter
 from largekd.runtime.lock import run_lock
 from largekd.runtime.logging import configure_logging, write_line
 from largekd.runtime.ranks import (
@@ -74,7 +74,7 @@ def _run(
     with Together(group=group):
         asker.digests()
         if config.judge is not None:
-            load_prompter(config.judge.template, key="judge.template")
+            try_template(config.judge)
         if ranks.is_main:
             if curate or config.judge is not None:
                 check_settings(config.curation)

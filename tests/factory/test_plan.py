@@ -130,9 +130,67 @@ def test_rows_of_every_kind_of_file(tmp_path, kind):
         pq.write_table(pa.Table.from_pylist(_rows()), path)
     source = RowSourceConfig(path=str(path), question="q", answer="a", id="name", skip_rows=1, max_rows=3)
     items = read_items(source)
+    # A CSV file holds nothing but text.
     assert [(item.id, item.question, item.answer, item.fields) for item in items] == [
-        (f"n{n}", f"Question {n}?", str(n), {"level": n}) for n in (1, 2, 3)
+        (f"n{n}", f"Question {n}?", str(n), {"level": str(n) if kind == "csv" else n}) for n in (1, 2, 3)
     ]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_what_stands_in_a_row_does_not_depend_on_other_rows(tmp_path, kind):
+    path = tmp_path / f"rows.{kind}"
+    answers = ["5", "007", "2020-01-01", "NA", "None", "1e5", "2.5", "True"]
+    if kind == "csv":
+        path.write_text("question,answer\n" + "".join(f"q{n},{text}\n" for n, text in enumerate(answers)))
+    else:
+        values = [5, *answers[1:6], 2.5, "True"]
+        path.write_text("".join(json.dumps({"question": f"q{n}", "answer": v}) + "\n" for n, v in enumerate(values)))
+    one = read_items(RowSourceConfig(path=str(path), answer="answer"))
+    assert [item.answer for item in one] == answers
+    # Nor does its name: what was paid for stays.
+    two = read_items(RowSourceConfig(path=str(path), answer="answer", max_rows=2))
+    assert [item.id for item in two] == [item.id for item in one[:2]]
+    dates = tmp_path / "dates.jsonl"
+    dates.write_text('{"question": "When?", "answer": "2020-01-01"}\n')
+    assert read_items(RowSourceConfig(path=str(dates), answer="answer"))[0].answer == "2020-01-01"
+
+
+def test_the_same_question_of_two_personas_is_two_rows_and_whole_doubles_are_one(tmp_path, caplog):
+    caplog.set_level("INFO")
+    path = tmp_path / "rows.jsonl"
+    lines = [f'{{"question": "Why?", "persona": "{who}"}}\n' for who in ("a nurse", "a child", "a nurse", "a child")]
+    path.write_text("".join(lines))
+    found = read_items(RowSourceConfig(path=str(path)))
+    assert [item.fields["persona"] for item in found] == ["a nurse", "a child"] and found[0].id != found[1].id
+    assert "2 rows are left out" in caplog.text
+    path.write_text(lines[0])
+    assert read_items(RowSourceConfig(path=str(path))) == found[:1]
+
+
+def test_a_row_may_lack_a_right_answer_but_not_a_question(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "Why?", "answer": null, "score": NaN}\n{"question": "How?", "answer": "so"}\n')
+    found = read_items(RowSourceConfig(path=str(path), answer="answer"))
+    assert [item.answer for item in found] == [None, "so"]
+    json.dumps(found[0].fields, allow_nan=False)
+    path.write_text('{"question": " "}\n')
+    with pytest.raises(DataError, match="'question': the column is empty in row 0"):
+        read_items(RowSourceConfig(path=str(path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("rows.jsonl", '{"question": "Why?"}\n{"question"\n', r"rows\.jsonl:2 .*broken JSON"),
+        ("rows.jsonl", '["Why?"]\n', "not an object"),
+        ("rows.csv", "question,x\nWhy?,1,2\n", "line 2 .*more cells"),
+        ("rows.csv", 'question\n"Why?\n', "cannot be read"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, name, text, told):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=told):
+        read_items(RowSourceConfig(path=str(tmp_path / name)))
 
 
 def test_rows_without_a_name_get_one_of_their_content(tmp_path):
@@ -163,7 +221,8 @@ def test_what_cannot_be_read_is_named(tmp_path, change, told):
 
 def test_chat_records_give_question_and_answer(tmp_path):
     path = tmp_path / "chat.jsonl"
-    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    said = [("assistant", "Hello."), ("user", "Why?"), ("assistant", "So."), ("user", "Oh.")]
+    messages = [{"role": role, "content": text} for role, text in said]
     path.write_text(json.dumps({"messages": messages}) + "\n")
     (item,) = read_items(RowSourceConfig(path=str(path), question="messages", answer="messages"))
     assert (item.question, item.answer) == ("Why?", "So.")
