@@ -69,7 +69,7 @@ class ChatEncoder:
 
     tokenizer: PreTrainedTokenizerBase
     template: str
-    loss_on: Literal["assistant", "all"] = "assistant"
+    loss_on: Literal["assistant", "last", "all"] = "assistant"
 
     def encode(self, messages: Any) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Token ids of the conversation and, for each, 1 where it is a token to learn.
@@ -92,10 +92,10 @@ class ChatEncoder:
             answers = self._answers(checked, text=text) if locate and answered else ()
             return Conversation(text, ids, np.ones(len(ids), np.uint8), offsets, tuple(answers))
         if not answered:
-            raise UnusableRecordError("has no assistant message, so no token to learn (loss_on: assistant)")
+            raise UnusableRecordError(f"has no assistant message, so no token to learn (loss_on: {self.loss_on})")
         mask = np.zeros(len(ids), np.uint8)
         answers = self._answers(checked, text=text)
-        for span in answers:
+        for span in answers[-1:] if self.loss_on == "last" else answers:
             first, last = (
                 _tokens_of(span, text=text, offsets=offsets)
                 if offsets is not None

@@ -1,6 +1,7 @@
 """Templates: Jinja files that turn a row into the messages of a conversation.
 
-A template has a block `user`, and may have a block `system`. Its variables are the row's `question`, `answer` and other
+A template has a block `user`, and may have a block `system`. With blocks `example_user` and `example_assistant`, in which
+`example` is one of `examples`, the worked examples become earlier turns of the conversation. A template's variables are the row's `question`, `answer` and other
 columns, `prompts.variables`, `examples` (worked ones) and what a template's stage adds. Anything that is missing is an
 error; nothing of a row is ever taken for template code.
 """
@@ -21,7 +22,8 @@ from largekd.errors import ConfigError, DataError
 
 SUFFIX = ".jinja"
 _PACKAGE_FOLDER = "templates"
-_ROLES = ("system", "user")
+_TURN = {"user": "example_user", "assistant": "example_assistant"}
+"""The block that writes each side of a worked example."""
 
 
 def template_names() -> list[str]:
@@ -43,23 +45,32 @@ class Prompter:
 
         Errors: DataError that names the template, the row and what is missing.
         """
-        found = []
-        for role in _ROLES:
-            if role in self.template.blocks:
-                content = self._block(role, variables=variables, row=row)
-                if content:
-                    found.append({"role": role, "content": content})
-                elif role == "user":
-                    raise DataError(f"template {self.name!r}, row {row}: the block `user` is empty: nothing is asked.")
-        if system is not None:
-            found = [message for message in found if message["role"] != "system"]
-            found.insert(0, {"role": "system", "content": system})
-        return tuple(found)
+        if system is None and "system" in self.template.blocks:
+            system = self._block("system", variables=variables, row=row)
+        found = [{"role": "system", "content": system}] if system else []
+        if _TURN["assistant"] in self.template.blocks:
+            found += self._turns(variables, row=row)
+        question = self._block("user", variables=variables, row=row)
+        if not question:
+            raise DataError(f"template {self.name!r}, row {row}: the block `user` is empty: nothing is asked.")
+        return (*found, {"role": "user", "content": question})
 
-    def _block(self, role: str, *, variables: Mapping[str, Any], row: str) -> str:
+    def _turns(self, variables: Mapping[str, Any], *, row: str) -> list[Message]:
+        """The worked examples, each a question and its answer."""
+        if not variables.get("examples"):
+            raise DataError(
+                f"template {self.name!r}, row {row}: there are no worked examples; name their file in prompts.few_shot."
+            )
+        return [
+            {"role": role, "content": self._block(block, variables={**variables, "example": example}, row=row)}
+            for example in variables["examples"]
+            for role, block in _TURN.items()
+        ]
+
+    def _block(self, name: str, *, variables: Mapping[str, Any], row: str) -> str:
         try:
             context = self.template.new_context(dict(variables))
-            return "".join(self.template.blocks[role](context)).strip()
+            return "".join(self.template.blocks[name](context)).strip()
         except UndefinedError as error:
             raise DataError(
                 f"template {self.name!r}, row {row}: {error.message}. There is {', '.join(sorted(variables))}; name "
@@ -98,5 +109,7 @@ def load_prompter(name: str, *, key: str) -> Prompter:
         raise ConfigError(f"{key} = {name!r}: cannot be used as a template ({error}).") from error
     if "user" not in template.blocks:
         raise ConfigError(f"{key} = {name!r}: has no block `user`, which holds what the model is asked.")
+    if len(template.blocks.keys() & set(_TURN.values())) == 1:
+        raise ConfigError(f"{key} = {name!r}: blocks {' and '.join(_TURN.values())} belong together; one is missing.")
     digest = hashlib.sha256(source.encode()).hexdigest()[:16]
     return Prompter(file.removesuffix(SUFFIX), digest, template)

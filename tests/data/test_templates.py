@@ -68,6 +68,20 @@ def test_ids_are_the_rendered_conversation(tokenizer: PreTrainedTokenizerFast) -
     assert ids.tolist() == tokenizer(tokenizer.apply_chat_template(TALK, tokenize=False))["input_ids"]
 
 
+def test_loss_on_last_learns_the_last_answer_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    question = {"role": "user", "content": "x"}
+    talk = [question, {"role": "assistant", "content": "yy"}, question, {"role": "assistant", "content": "zz"}]
+    ids, every = ChatEncoder(tokenizer=tokenizer, template=CHATML).encode(talk)
+    same, last = ChatEncoder(tokenizer=tokenizer, template=CHATML, loss_on="last").encode(talk)
+    assert np.array_equal(ids, same) and 0 < last.sum() < every.sum()
+    learnt = tokenizer.decode(ids[last.astype(bool)])
+    assert "zz" in learnt and "yy" not in learnt
+    begins = int(np.flatnonzero(last)[0])
+    assert np.array_equal(last[begins:], every[begins:]) and not last[:begins].any()
+    with pytest.raises(UnusableRecordError, match="loss_on: last"):
+        ChatEncoder(tokenizer=tokenizer, template=CHATML, loss_on="last").encode(talk[:1])
+
+
 def test_loss_on_all_counts_every_token(tokenizer: PreTrainedTokenizerFast) -> None:
     ids, mask = ChatEncoder(tokenizer=tokenizer, template=CHATML, loss_on="all").encode(TALK[:1])
     assert mask.tolist() == [1] * len(ids)

@@ -29,6 +29,7 @@ def test_there_is_a_template_for_every_kind():
         "direct",
         "critique_and_revise",
         "few_shot",
+        "few_shot_turns",
     }
     assert wanted | {"instruction", "persona", "rewrite", "judge"} <= set(template_names())
 
@@ -36,9 +37,12 @@ def test_there_is_a_template_for_every_kind():
 @pytest.mark.parametrize("name", template_names())
 def test_every_template_renders_and_leaves_no_code_behind(name):
     messages = load_prompter(name, key="prompts").messages(EVERYTHING, row="r1")
-    assert [message["role"] for message in messages] in (["user"], ["system", "user"])
+    turns = len(EVERYTHING["examples"]) if name == "few_shot_turns" else 0
+    roles = [message["role"] for message in messages]
+    assert roles[-1 - 2 * turns :] == [*["user", "assistant"] * turns, "user"]
+    assert roles[: -1 - 2 * turns] in ([], ["system"])
     text = messages[-1]["content"]
-    assert text == text.strip() and len(text) > 20 and "{{" not in text and "{%" not in text and "\n\n\n" not in text
+    assert text == text.strip() and len(text) >= len(EVERYTHING["question"]) and "{{" not in text and "{%" not in text and "\n\n\n" not in text
     if name not in ("critique_and_revise", "user_turn", "new_instruction", "similar_instruction"):
         assert EVERYTHING["question"] in text
 
@@ -99,6 +103,26 @@ def test_examples_are_drawn_by_the_row_and_never_its_own(tmp_path):
         text = ask.messages[0]["content"]
         assert f"a{number}" not in text and text.count("Question:") == 5
     assert asks == Asker(prompts, SamplingConfig()).asks([Item(f"r{n}", f"q{n}") for n in range(5)])
+
+
+def test_worked_examples_become_earlier_turns(tmp_path):
+    path = tmp_path / "shots.jsonl"
+    path.write_text("".join(f'{{"question": "q{n}", "answer": "a{n}"}}\n' for n in range(3)))
+    prompts = PromptConfig(templates=("few_shot_turns",), few_shot=str(path), few_shot_count=2, system="Be brief.")
+    (ask,) = Asker(prompts, SamplingConfig()).asks([Item("r1", "q1")])
+    assert [message["role"] for message in ask.messages] == ["system", *["user", "assistant"] * 2, "user"]
+    texts = [message["content"] for message in ask.messages]
+    assert texts[0] == "Be brief." and texts[-1] == "q1"
+    assert {(texts[1], texts[2]), (texts[3], texts[4])} == {("q0", "a0"), ("q2", "a2")}
+
+
+def test_examples_as_turns_need_examples_and_both_blocks(tmp_path):
+    with pytest.raises(DataError, match="prompts.few_shot"):
+        load_prompter("few_shot_turns", key="prompts").messages({"question": "Why?"}, row="r1")
+    half = tmp_path / "half.jinja"
+    half.write_text("{% block example_user %}x{% endblock %}{% block user %}y{% endblock %}")
+    with pytest.raises(ConfigError, match="belong together"):
+        load_prompter(str(half), key="prompts")
 
 
 def test_samples_have_seeds_and_temperatures_of_their_own():
