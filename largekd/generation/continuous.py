@@ -1,8 +1,8 @@
 """Writing many answers with one batch whose finished rows are replaced at once.
 
-All rows end at the same column of the cache; a new row's keys and values are computed apart, for all new rows in one
-pass, and put in the place of a row that ended. Near the end the batch shrinks. An answer depends on its prompt, rule
-and uniform numbers alone, up to rounding: see `margin` in row_draws.
+All rows end at the same column of the cache; new rows' keys and values are computed apart, a pass for prompts of
+similar lengths, and put in the places of rows that ended. Near the end the batch shrinks. An answer depends on its
+prompt, rule and uniform numbers alone, up to rounding: see `margin` in row_draws.
 """
 
 import inspect
@@ -23,6 +23,9 @@ from largekd.runtime.ranks import all_sum
 
 # A character may take several tokens, a stop text may begin inside one.
 _EXTRA_TOKENS = 4
+
+# Columns of a pass over prompts, filled ones included, in times of the prompts' tokens.
+_FILLED = 1.15
 
 
 @dataclass(frozen=True)
@@ -101,17 +104,20 @@ class ContinuousWriter:
         The iterator is asked for a prompt only when there is a place for it.
         """
         self._cache, self._rows, more = None, [], True
+        waiting: list[Prompt] = []
         while True:
-            new: list[Prompt] = []
-            if more and self._wants_rows():
-                new = _up_to(self._free, prompts)
-                more = len(new) == self._free
-            new_rows, old_rows, stop = self._agree(bool(new), any(self._rows), stopping())
+            if more and not waiting and self._wants_rows():
+                waiting = sorted(_up_to(self._free, prompts), key=lambda prompt: -len(prompt.ids))
+                more = len(waiting) == self._free
+            new_rows, old_rows, stop = self._agree(bool(waiting), any(self._rows), stopping())
             if stop or not (new_rows or old_rows):
                 return
             if new_rows:
+                # A pass over shards gathers all weights: as few as can be.
+                count = len(waiting) if self._together else _similar(waiting)
+                new, waiting = waiting[:count], waiting[count:]
                 yield from self._begin(new)
-            if old_rows:
+            else:
                 self._shrink(more=more)
                 yield from self._go_on()
 
@@ -242,6 +248,16 @@ class ContinuousWriter:
         longest = max(len(stop.encode()) for stop in row.prompt.stop)
         tail = self._decode(row.ids[-(longest + _EXTRA_TOKENS) :])
         return any(stop in tail for stop in row.prompt.stop)
+
+
+def _similar(prompts: Sequence[Prompt]) -> int:
+    """How many of the first, the longest, one pass takes."""
+    total = 0
+    for count, prompt in enumerate(prompts):
+        total += len(prompt.ids)
+        if len(prompts[0].ids) * (count + 1) > _FILLED * total:
+            return count
+    return len(prompts)
 
 
 def _up_to(count: int, prompts: Iterator[Prompt]) -> list[Prompt]:

@@ -98,3 +98,30 @@ def test_columns_beyond_the_tokens_are_never_drawn():
     logits[:, 300:] = 50.0
     found = draw_rows(logits, rules=[RowRule(1.0)] * 50, uniform_B=_uniforms(50), ids=300)
     assert int(found.ids_B.max()) < 300
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 6])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        RowRule(1.0, top_p=0.5),
+        RowRule(1.0, top_p=0.99),
+        RowRule(1.5, top_k=300, top_p=0.9),
+        RowRule(1.0, top_k=70),
+        RowRule(3.0, min_p=0.01),
+        RowRule(1.0, top_k=900, top_p=0.3),
+    ],
+)
+def test_how_many_are_sorted_at_first_changes_nothing(monkeypatch, rule, decimals):
+    rows, generator = 60, torch.Generator().manual_seed(7)
+    spread = 0.3 + 6 * torch.rand(rows, 1, generator=generator)
+    # Few decimals: many ids with the same probability.
+    logits = (spread * torch.randn(rows, 3000, generator=generator)).round(decimals=decimals)
+    arguments = {"rules": [rule] * rows, "uniform_B": _uniforms(rows), "ids": 3000}
+    found = {}
+    for count in (4, 60, 256, 3000):
+        monkeypatch.setattr("largekd.generation.row_draws._SORTED", count)
+        found[count] = draw_rows(logits, **arguments)
+    for drawn in found.values():
+        assert torch.equal(drawn.ids_B, found[3000].ids_B)
+        torch.testing.assert_close(drawn.margin_B, found[3000].margin_B, rtol=0, atol=1e-12)
