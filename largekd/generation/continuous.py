@@ -24,8 +24,8 @@ from largekd.runtime.ranks import all_sum
 # A character may take several tokens, a stop text may begin inside one.
 _EXTRA_TOKENS = 4
 
-# Columns of a pass over prompts, filled ones included, in times of the prompts' tokens.
-_FILLED = 1.15
+# Columns of a pass over prompts, in times of the shortest one's tokens.
+_FILLED = 1.25
 
 
 @dataclass(frozen=True)
@@ -135,18 +135,23 @@ class ContinuousWriter:
         return [bool(count) for count in all_sum(torch.tensor(flags, dtype=torch.int32)).tolist()]
 
     def _begin(self, prompts: Sequence[Prompt]) -> Iterator[Finished]:
-        """The prompts' keys and values, and the first token of each answer."""
-        lengths = [len(prompt.ids) for prompt in prompts] or [1]
+        """The prompts' keys and values, once for equal prompts, and the first token of each answer."""
+        distinct = {prompt.ids.tobytes(): prompt.ids for prompt in prompts} or {b"": np.array([self._stops.fill])}
+        lengths = [len(ids) for ids in distinct.values()]
         width = max(lengths)
-        ids = np.full((len(lengths), width), self._stops.fill, np.int64)
-        for place, prompt in enumerate(prompts):
-            ids[place, width - lengths[place] :] = prompt.ids
+        ids_BS = np.full((len(lengths), width), self._stops.fill, np.int64)
+        for row_S, ids in zip(ids_BS, distinct.values(), strict=True):
+            row_S[width - len(ids) :] = ids
         cache = GrowingCache(layers=self._model.config.get_text_config().num_hidden_layers)
-        logits_BV = self._forward(ids, lengths=lengths, cache=cache)
+        logits_BV = self._forward(ids_BS, lengths=lengths, cache=cache)
         if not prompts:
             return
-        rows = [_Row(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
-        places = self._put(rows, cache=cache)
+        if len(distinct) < len(prompts):
+            order = {key: place for place, key in enumerate(distinct)}
+            copied = [order[prompt.ids.tobytes()] for prompt in prompts]
+            cache.keep(copied, columns=width)
+            logits_BV = logits_BV[torch.tensor(copied, device=logits_BV.device)]
+        places = self._put([_Row(prompt, len(prompt.ids)) for prompt in prompts], cache=cache)
         yield from self._draw(logits_BV, places=places)
 
     def _put(self, rows: list[_Row], *, cache: GrowingCache) -> list[int]:
@@ -252,12 +257,7 @@ class ContinuousWriter:
 
 def _similar(prompts: Sequence[Prompt]) -> int:
     """How many of the first, the longest, one pass takes."""
-    total = 0
-    for count, prompt in enumerate(prompts):
-        total += len(prompt.ids)
-        if len(prompts[0].ids) * (count + 1) > _FILLED * total:
-            return count
-    return len(prompts)
+    return sum(len(prompts[0].ids) <= _FILLED * len(prompt.ids) for prompt in prompts)
 
 
 def _up_to(count: int, prompts: Iterator[Prompt]) -> list[Prompt]:
