@@ -77,23 +77,28 @@ def _probabilities(logits_BV: Tensor, rules: Sequence[RowRule]) -> Tensor:
 
 
 def _plain(logits_BV: Tensor, rules: Sequence[RowRule], uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    return _invert(_probabilities(logits_BV, rules), uniform_B=uniform_B)
+    return invert(_probabilities(logits_BV, rules), uniform_B=uniform_B)
 
 
 def _cut(logits_BV: Tensor, rules: Sequence[RowRule], uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    return _cut_of(_probabilities(logits_BV, rules), rules, uniform_B, count=_SORTED)
+    return draw_cut(_probabilities(logits_BV, rules), rules, uniform_B)
 
 
-def _cut_of(p_BV: Tensor, rules: Sequence[RowRule], uniform_B: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
-    """Ids and margins from the `count` largest probabilities of each row, and from more for rows that need more."""
+def draw_cut(
+    p_BV: Tensor, rules: Sequence[RowRule], uniform_B: Tensor, *, count: int = _SORTED
+) -> tuple[Tensor, Tensor]:
+    """Ids and margins (B,) by the rules' cuts of probabilities; how many are sorted at first, `count`, changes nothing.
+
+    Rows that need more are told apart by one synchronisation with the device.
+    """
     sorted_BK, ids_BK = _largest(p_BV, count=count)
     kept_BK, edge_B = _kept(sorted_BK, rules)
-    place_B, margin_B = _invert(kept_BK, uniform_B=uniform_B)
+    place_B, margin_B = invert(kept_BK, uniform_B=uniform_B)
     drawn_B, margin_B = ids_BK.gather(-1, place_B[:, None]).squeeze(-1), torch.minimum(margin_B, edge_B)
     if count < p_BV.shape[1]:
         short = (~_enough(sorted_BK, rules, ids=p_BV.shape[1])).nonzero().flatten().tolist()
         if short:
-            rest = _cut_of(p_BV[short], [rules[place] for place in short], uniform_B[short], count=_MORE * count)
+            rest = draw_cut(p_BV[short], [rules[place] for place in short], uniform_B[short], count=_MORE * count)
             drawn_B[short], margin_B[short] = rest
     return drawn_B, margin_B
 
@@ -149,7 +154,7 @@ def _kept(sorted_BK: Tensor, rules: Sequence[RowRule]) -> tuple[Tensor, Tensor]:
     return kept_BK.masked_fill(outside_BK, 0.0), edge_B
 
 
-def _invert(p_BK: Tensor, *, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+def invert(p_BK: Tensor, *, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """The first place whose cumulative mass exceeds uniform · total, and the distance of that from its two ends."""
     mass_BK = p_BK.cumsum(-1)
     total_B1 = mass_BK[:, -1:]
