@@ -177,6 +177,8 @@ class EmbeddedBackend:
         own = f"{self._folder.name}-{hashlib.sha256(str(self._folder).encode()).hexdigest()[:8]}"
         placement = with_swap_folder(self._placement, f"{own}/writer")
         ds_config = frozen_ds_config(placement, train=train, world_size=ranks.world_size)
+        # DeepSpeed's own linear saves memory in a backward pass, of which there is none, and takes longer to call.
+        ds_config["zero_optimization"].setdefault("memory_efficient_linear", False)
         model = build_model(
             self._source.config,
             ds_config=ds_config,

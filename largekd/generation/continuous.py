@@ -1,8 +1,8 @@
 """Writing many answers with one batch whose finished rows are replaced at once.
 
-All rows end at the same column of the cache; a new row's keys and values are computed apart, for all new rows in one
-pass, and put in the place of a row that ended. Near the end the batch shrinks. An answer depends on its prompt, rule
-and uniform numbers alone, up to rounding: see `margin` in row_draws.
+All rows end at the same column of the cache; new rows' keys and values are computed apart, a pass for prompts of
+similar lengths, and put in the places of rows that ended. Near the end the batch shrinks. An answer depends on its
+prompt, rule and uniform numbers alone, up to rounding: see `margin` in row_draws.
 """
 
 import inspect
@@ -23,6 +23,9 @@ from largekd.runtime.ranks import all_sum
 
 # A character may take several tokens, a stop text may begin inside one.
 _EXTRA_TOKENS = 4
+
+# Columns of a pass over prompts, in times of the shortest one's tokens.
+_FILLED = 1.25
 
 
 @dataclass(frozen=True)
@@ -101,17 +104,20 @@ class ContinuousWriter:
         The iterator is asked for a prompt only when there is a place for it.
         """
         self._cache, self._rows, more = None, [], True
+        waiting: list[Prompt] = []
         while True:
-            new: list[Prompt] = []
-            if more and self._wants_rows():
-                new = _up_to(self._free, prompts)
-                more = len(new) == self._free
-            new_rows, old_rows, stop = self._agree(bool(new), any(self._rows), stopping())
+            if more and not waiting and self._wants_rows():
+                waiting = sorted(_up_to(self._free, prompts), key=lambda prompt: -len(prompt.ids))
+                more = len(waiting) == self._free
+            new_rows, old_rows, stop = self._agree(bool(waiting), any(self._rows), stopping())
             if stop or not (new_rows or old_rows):
                 return
             if new_rows:
+                # A pass over shards gathers all weights: as few as can be.
+                count = len(waiting) if self._together else _similar(waiting)
+                new, waiting = waiting[:count], waiting[count:]
                 yield from self._begin(new)
-            if old_rows:
+            else:
                 self._shrink(more=more)
                 yield from self._go_on()
 
@@ -129,18 +135,23 @@ class ContinuousWriter:
         return [bool(count) for count in all_sum(torch.tensor(flags, dtype=torch.int32)).tolist()]
 
     def _begin(self, prompts: Sequence[Prompt]) -> Iterator[Finished]:
-        """The prompts' keys and values, and the first token of each answer."""
-        lengths = [len(prompt.ids) for prompt in prompts] or [1]
+        """The prompts' keys and values, once for equal prompts, and the first token of each answer."""
+        distinct = {prompt.ids.tobytes(): prompt.ids for prompt in prompts} or {b"": np.array([self._stops.fill])}
+        lengths = [len(ids) for ids in distinct.values()]
         width = max(lengths)
-        ids = np.full((len(lengths), width), self._stops.fill, np.int64)
-        for place, prompt in enumerate(prompts):
-            ids[place, width - lengths[place] :] = prompt.ids
+        ids_BS = np.full((len(lengths), width), self._stops.fill, np.int64)
+        for row_S, ids in zip(ids_BS, distinct.values(), strict=True):
+            row_S[width - len(ids) :] = ids
         cache = GrowingCache(layers=self._model.config.get_text_config().num_hidden_layers)
-        logits_BV = self._forward(ids, lengths=lengths, cache=cache)
+        logits_BV = self._forward(ids_BS, lengths=lengths, cache=cache)
         if not prompts:
             return
-        rows = [_Row(prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
-        places = self._put(rows, cache=cache)
+        if len(distinct) < len(prompts):
+            order = {key: place for place, key in enumerate(distinct)}
+            copied = [order[prompt.ids.tobytes()] for prompt in prompts]
+            cache.keep(copied, columns=width)
+            logits_BV = logits_BV[torch.tensor(copied, device=logits_BV.device)]
+        places = self._put([_Row(prompt, len(prompt.ids)) for prompt in prompts], cache=cache)
         yield from self._draw(logits_BV, places=places)
 
     def _put(self, rows: list[_Row], *, cache: GrowingCache) -> list[int]:
@@ -242,6 +253,11 @@ class ContinuousWriter:
         longest = max(len(stop.encode()) for stop in row.prompt.stop)
         tail = self._decode(row.ids[-(longest + _EXTRA_TOKENS) :])
         return any(stop in tail for stop in row.prompt.stop)
+
+
+def _similar(prompts: Sequence[Prompt]) -> int:
+    """How many of the first, the longest, one pass takes."""
+    return sum(len(prompts[0].ids) <= _FILLED * len(prompt.ids) for prompt in prompts)
 
 
 def _up_to(count: int, prompts: Iterator[Prompt]) -> list[Prompt]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Sorted at first; the whole vocabulary only where that many do not hold the mass that a rule asks for.
-_SORTED = 256
+# Sorted at first; rows that need more, see _enough, then sort so many times as many.
+_SORTED, _MORE = 256, 16
 
 
 @dataclass(frozen=True)
@@ -77,33 +77,54 @@ def _probabilities(logits_BV: Tensor, rules: Sequence[RowRule]) -> Tensor:
 
 
 def _plain(logits_BV: Tensor, rules: Sequence[RowRule], uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    return _invert(_probabilities(logits_BV, rules), uniform_B=uniform_B)
+    return invert(_probabilities(logits_BV, rules), uniform_B=uniform_B)
 
 
 def _cut(logits_BV: Tensor, rules: Sequence[RowRule], uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    p_BV = _probabilities(logits_BV, rules)
-    sorted_BK, ids_BK = _sorted_enough(p_BV, rules)
+    return draw_cut(_probabilities(logits_BV, rules), rules, uniform_B)
+
+
+def draw_cut(
+    p_BV: Tensor, rules: Sequence[RowRule], uniform_B: Tensor, *, count: int = _SORTED
+) -> tuple[Tensor, Tensor]:
+    """Ids and margins (B,) by the rules' cuts of probabilities; how many are sorted at first, `count`, changes nothing.
+
+    Rows that need more are told apart by one synchronisation with the device.
+    """
+    sorted_BK, ids_BK = _largest(p_BV, count=count)
     kept_BK, edge_B = _kept(sorted_BK, rules)
-    place_B, margin_B = _invert(kept_BK, uniform_B=uniform_B)
-    return ids_BK.gather(-1, place_B[:, None]).squeeze(-1), torch.minimum(margin_B, edge_B)
+    place_B, margin_B = invert(kept_BK, uniform_B=uniform_B)
+    drawn_B, margin_B = ids_BK.gather(-1, place_B[:, None]).squeeze(-1), torch.minimum(margin_B, edge_B)
+    if count < p_BV.shape[1]:
+        short = (~_enough(sorted_BK, rules, ids=p_BV.shape[1])).nonzero().flatten().tolist()
+        if short:
+            rest = draw_cut(p_BV[short], [rules[place] for place in short], uniform_B[short], count=_MORE * count)
+            drawn_B[short], margin_B[short] = rest
+    return drawn_B, margin_B
 
 
-def _sorted_enough(p_BV: Tensor, rules: Sequence[RowRule]) -> tuple[Tensor, Tensor]:
-    """The largest probabilities in falling order: as many as the rules look at, and one more."""
-    width = p_BV.shape[1]
-    if width > _SORTED:
-        sorted_BK, ids_BK = p_BV.topk(_SORTED, dim=-1)
-        mass_B, least_B = sorted_BK[:, :-1].sum(-1), sorted_BK[:, -1]
-        enough = [
-            float(mass) > rule.top_p
-            or (rule.top_k is not None and rule.top_k < _SORTED)
-            or (rule.min_p > 0 and float(least) < rule.min_p * float(best))
-            for rule, mass, least, best in zip(rules, mass_B, least_B, sorted_BK[:, 0], strict=True)
-        ]
-        if all(enough):
-            return sorted_BK, ids_BK
-    sorted_BV, ids_BV = p_BV.sort(dim=-1, descending=True, stable=True)
-    return sorted_BV, ids_BV
+def _largest(p_BV: Tensor, *, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest probabilities in falling order and their ids; of equal ones the smaller id comes first."""
+    if count >= p_BV.shape[1]:
+        sorted_BV, ids_BV = p_BV.sort(dim=-1, descending=True, stable=True)
+        return sorted_BV, ids_BV
+    ids_BK = p_BV.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    sorted_BK, order_BK = p_BV.gather(-1, ids_BK).sort(dim=-1, descending=True, stable=True)
+    return sorted_BK, ids_BK.gather(-1, order_BK)
+
+
+def _enough(sorted_BK: Tensor, rules: Sequence[RowRule], *, ids: int) -> Tensor:
+    """(B,) whether what a rule looks at lies above the last entry: others equal to that may be missing."""
+    top_p_B = sorted_BK.new_tensor([rule.top_p for rule in rules])
+    min_p_B = sorted_BK.new_tensor([rule.min_p for rule in rules])
+    # 0: no cut. All k are needed, for what is left of them has the mass 1 that top_p is a part of.
+    top_k = [rule.top_k if rule.top_k is not None and rule.top_k < ids else 0 for rule in rules]
+    top_k_B = torch.tensor(top_k, device=sorted_BK.device)
+    least_B = sorted_BK[:, -1]
+    above_BK = sorted_BK > least_B[:, None]
+    mass_B = sorted_BK.masked_fill(~above_BK, 0.0).sum(-1)
+    few_B = (mass_B > top_p_B) | (least_B < min_p_B * sorted_BK[:, 0])
+    return torch.where(top_k_B > 0, above_BK.sum(-1) >= top_k_B, few_B)
 
 
 def _kept(sorted_BK: Tensor, rules: Sequence[RowRule]) -> tuple[Tensor, Tensor]:
@@ -133,7 +154,7 @@ def _kept(sorted_BK: Tensor, rules: Sequence[RowRule]) -> tuple[Tensor, Tensor]:
     return kept_BK.masked_fill(outside_BK, 0.0), edge_B
 
 
-def _invert(p_BK: Tensor, *, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+def invert(p_BK: Tensor, *, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """The first place whose cumulative mass exceeds uniform · total, and the distance of that from its two ends."""
     mass_BK = p_BK.cumsum(-1)
     total_B1 = mass_BK[:, -1:]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from largekd.generation.row_draws import RowRule, draw_cut, invert
+
 Seed = tuple[int, ...]
 
 
@@ -64,16 +66,5 @@ def draw(logits_BV: Tensor, *, rule: DrawRule, uniform_B: Tensor) -> Tensor:
         p_BV = p_BV.masked_fill(p_BV < least_B1, 0.0)
         p_BV = p_BV / p_BV.sum(-1, keepdim=True)
     if rule.top_p == 1.0:
-        return _invert(p_BV, uniform_B=uniform_B)
-    sorted_BV, ids_BV = p_BV.sort(dim=-1, descending=True, stable=True)
-    before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    kept_BV = sorted_BV.masked_fill(before_BV >= rule.top_p, 0.0)
-    place_B = _invert(kept_BV, uniform_B=uniform_B)
-    return ids_BV.gather(-1, place_B[:, None]).squeeze(-1)
-
-
-def _invert(p_BV: Tensor, *, uniform_B: Tensor) -> Tensor:
-    """The first place whose cumulative mass exceeds uniform · total; it has mass itself."""
-    mass_BV = p_BV.cumsum(-1)
-    wanted_B1 = uniform_B[:, None] * mass_BV[:, -1:]
-    return torch.searchsorted(mass_BV, wanted_B1, right=True).squeeze(-1).clamp(max=p_BV.shape[1] - 1)
+        return invert(p_BV, uniform_B=uniform_B)[0]
+    return draw_cut(p_BV, [RowRule(top_p=rule.top_p)] * len(p_BV), uniform_B)[0]

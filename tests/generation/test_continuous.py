@@ -104,6 +104,33 @@ def test_draws_do_not_depend_on_the_batch(model, rule):
     assert len({finished.ids for finished in alone.values()}) > 10
 
 
+def test_a_pass_takes_prompts_of_similar_lengths_and_equal_ones_once(model):
+    rng = np.random.default_rng(11)
+    ids = [rng.integers(3, 101, count).astype(np.int32) for count in (40, 5, 38, 6, 39, 5)]
+    uniforms = rng.random((4 * len(ids), LONGEST))
+    asked = [
+        Prompt(f"{text}.{sample}", ids[text], RowRule(1.0), uniforms[4 * text + sample])
+        for text in range(len(ids))
+        for sample in range(4)
+    ]
+    alone = {prompt.key: written(model, [prompt], batch_size=1)[prompt.key] for prompt in asked}
+    passes: list[tuple[int, int]] = []
+
+    def watch(_module, _arguments, keywords):
+        if keywords["input_ids"].shape[1] > 1:
+            passes.append(tuple(keywords["input_ids"].shape))
+
+    handle = model.register_forward_pre_hook(watch, with_kwargs=True)
+    try:
+        together = written(model, asked, batch_size=len(asked))
+    finally:
+        handle.remove()
+    assert sorted(passes) == [(3, 6), (3, 40)]
+    for key, finished in alone.items():
+        assert together[key].ids == finished.ids or finished.least_margin < UNSURE
+    assert len({finished.ids for finished in together.values()}) > 20
+
+
 def test_rows_of_one_batch_have_rules_of_their_own(model):
     greedy, warm = wanted(6, rule=RowRule(0.0)), wanted(6, rule=RowRule(1.5))
     mixed = [greedy[place] if place % 2 else warm[place] for place in range(6)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from largekd.generation.row_draws import RowRule, draw_rows
+from largekd.generation.row_draws import RowRule, draw_cut, draw_rows
 from largekd.generation.sampling import DrawRule, draw
 
 VOCABULARY = 400
@@ -46,7 +46,7 @@ def test_the_tokens_are_those_of_rollouts(rule, same):
     ],
 )
 def test_frequencies_are_those_of_the_cut_distribution(rule):
-    count = 20_000
+    count = 4_000
     logits = _logits(1)
     p = torch.softmax(logits[0].double() / rule.temperature, -1)
     order = p.argsort(descending=True)
@@ -98,3 +98,28 @@ def test_columns_beyond_the_tokens_are_never_drawn():
     logits[:, 300:] = 50.0
     found = draw_rows(logits, rules=[RowRule(1.0)] * 50, uniform_B=_uniforms(50), ids=300)
     assert int(found.ids_B.max()) < 300
+
+
+@pytest.mark.parametrize("decimals", [0, 1, 6])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        RowRule(1.0, top_p=0.5),
+        RowRule(1.0, top_p=0.99),
+        RowRule(1.5, top_k=300, top_p=0.9),
+        RowRule(1.0, top_k=70),
+        RowRule(3.0, min_p=0.01),
+        RowRule(1.0, top_k=900, top_p=0.3),
+    ],
+)
+def test_how_many_are_sorted_at_first_changes_nothing(rule, decimals):
+    rows, generator = 30, torch.Generator().manual_seed(7)
+    spread = 0.3 + 6 * torch.rand(rows, 1, generator=generator)
+    # Few decimals: many ids with the same probability.
+    logits = (spread * torch.randn(rows, 2000, generator=generator)).round(decimals=decimals)
+    p = torch.softmax(logits.double() / rule.temperature, -1)
+    all_ids, all_margins = draw_cut(p, [rule] * rows, _uniforms(rows), count=2000)
+    for count in (4, 60, 256):
+        ids, margins = draw_cut(p, [rule] * rows, _uniforms(rows), count=count)
+        assert torch.equal(ids, all_ids)
+        torch.testing.assert_close(margins, all_margins, rtol=0, atol=1e-12)
