@@ -34,25 +34,9 @@ else
     python tools/fetch_assets.py smollm2-135m-instruct math
 fi
 
-port="$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')"
-# The launcher tells at length what it starts; the run itself reports what matters.
-launcher=(deepspeed --master_port "$port" --log_level error)
-if [ "${DS_ACCELERATOR:-}" = cpu ]; then
-    launcher+=(--num_accelerators 2)
-    # More threads than cores per rank slow both ranks down.
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(($(nproc) > 3 ? $(nproc) / 2 : 1))}"
-    # Without instructions of its own for bf16 a CPU computes it more slowly than fp32.
-    if ! grep -qwE 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo 2>/dev/null; then
-        overrides=(train.precision=fp32 ${overrides[@]+"${overrides[@]}"})
-    fi
-else
-    # The batch of 8 must come out whole: the largest power of two of GPUs that divides it.
-    batch=8
-    ranks="$(python -c "import torch; n = min($batch, torch.accelerator.device_count()); print(1 << (n.bit_length() - 1))")"
-    launcher+=(--num_accelerators "$ranks")
-    overrides=(student.deepspeed=ds_configs/zero3_gpu.json
-        "train.micro_batch_size=$((batch / ranks))" ${overrides[@]+"${overrides[@]}"})
-fi
+batch=8
+. launch/ranks.sh
+overrides=(${placement[@]+"${placement[@]}"} ${overrides[@]+"${overrides[@]}"})
 
 # One process is enough to tell what a finished run has found.
 if [ -e "$run_dir/DONE" ] && [[ " ${overrides[*]-} " != *" run.fresh="* && " ${overrides[*]-} " != *" train.max_"* ]]; then

@@ -54,7 +54,7 @@ install_packages() {
     say "installing packages into $VIRTUAL_ENV (log: $VIRTUAL_ENV/setup.log)"
     # torch first and alone: a resolution of everything at once may weigh several builds of it.
     run_logged "$torch" python -m pip install --disable-pip-version-check "$torch" -c constraints.txt
-    run_logged "largekd[dev,factory,gguf,lora,serve]" python -m pip install --disable-pip-version-check -e ".[dev,factory,gguf,lora,serve]" -c constraints.txt
+    run_logged "largekd[dev,factory,gguf,lora,problems,serve]" python -m pip install --disable-pip-version-check -e ".[dev,factory,gguf,lora,problems,serve]" -c constraints.txt
 }
 
 # run_logged <label> <command>...: a line every ten seconds, the whole output in the log, its end on failure.

@@ -1,9 +1,9 @@
 """Templates: Jinja files that turn a row into the messages of a conversation.
 
-A template has a block `user`, and may have a block `system`. With blocks `example_user` and `example_assistant`, in which
-`example` is one of `examples`, the worked examples become earlier turns of the conversation. A template's variables are the row's `question`, `answer` and other
-columns, `prompts.variables`, `examples` (worked ones) and what a template's stage adds. Anything that is missing is an
-error; nothing of a row is ever taken for template code.
+A template has a block `user`, and may have a block `system`. With blocks `example_user` and `example_assistant`, each
+written for one `example` of `examples`, the worked examples become earlier turns of the conversation. Variables are the
+row's `question`, `answer` and other columns, `prompts.variables`, `examples` and what a template's stage adds. Anything
+that is missing is an error; nothing of a row is ever taken for template code.
 """
 
 import hashlib

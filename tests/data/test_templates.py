@@ -68,18 +68,12 @@ def test_ids_are_the_rendered_conversation(tokenizer: PreTrainedTokenizerFast) -
     assert ids.tolist() == tokenizer(tokenizer.apply_chat_template(TALK, tokenize=False))["input_ids"]
 
 
-def test_loss_on_last_learns_the_last_answer_alone(tokenizer: PreTrainedTokenizerFast) -> None:
-    question = {"role": "user", "content": "x"}
-    talk = [question, {"role": "assistant", "content": "yy"}, question, {"role": "assistant", "content": "zz"}]
-    ids, every = ChatEncoder(tokenizer=tokenizer, template=CHATML).encode(talk)
-    same, last = ChatEncoder(tokenizer=tokenizer, template=CHATML, loss_on="last").encode(talk)
-    assert np.array_equal(ids, same) and 0 < last.sum() < every.sum()
-    learnt = tokenizer.decode(ids[last.astype(bool)])
-    assert "zz" in learnt and "yy" not in learnt
-    begins = int(np.flatnonzero(last)[0])
-    assert np.array_equal(last[begins:], every[begins:]) and not last[:begins].any()
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_loss_on_last_learns_the_last_answer_alone(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    encoder = ChatEncoder(tokenizer=tokenizer, template=template, loss_on="last")
+    assert learnt(encoder, TALK) == learnt(encoder_of(tokenizer, template), TALK)[-1:] == ["the lazy dog<|im_end|>"]
     with pytest.raises(UnusableRecordError, match="loss_on: last"):
-        ChatEncoder(tokenizer=tokenizer, template=CHATML, loss_on="last").encode(talk[:1])
+        encoder.encode(TALK[:1])
 
 
 def test_loss_on_all_counts_every_token(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -42,7 +42,13 @@ def test_every_template_renders_and_leaves_no_code_behind(name):
     assert roles[-1 - 2 * turns :] == [*["user", "assistant"] * turns, "user"]
     assert roles[: -1 - 2 * turns] in ([], ["system"])
     text = messages[-1]["content"]
-    assert text == text.strip() and len(text) >= len(EVERYTHING["question"]) and "{{" not in text and "{%" not in text and "\n\n\n" not in text
+    assert (
+        text == text.strip()
+        and len(text) >= len(EVERYTHING["question"])
+        and "{{" not in text
+        and "{%" not in text
+        and "\n\n\n" not in text
+    )
     if name not in ("critique_and_revise", "user_turn", "new_instruction", "similar_instruction"):
         assert EVERYTHING["question"] in text
 
@@ -117,7 +123,7 @@ def test_worked_examples_become_earlier_turns(tmp_path):
 
 
 def test_examples_as_turns_need_examples_and_both_blocks(tmp_path):
-    with pytest.raises(DataError, match="prompts.few_shot"):
+    with pytest.raises(DataError, match=r"prompts\.few_shot"):
         load_prompter("few_shot_turns", key="prompts").messages({"question": "Why?"}, row="r1")
     half = tmp_path / "half.jinja"
     half.write_text("{% block example_user %}x{% endblock %}{% block user %}y{% endblock %}")
