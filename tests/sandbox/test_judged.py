@@ -40,6 +40,9 @@ def judged(code: str, tests: str, *, entry_point: str = "", cpu_s: float = 5.0) 
         (ADD, "assert add(1, 2) == 3\nassert add('a', 'b') == 'ab'", "", 2),
         (ADD, "for n in range(5):\n    assert add(n, n) == 2 * n", "", 1),
         (ADD, "assert math.isclose(add(0.1, 0.2), 0.3)", "", 1),
+        ("from math import isclose\n" + ADD, "assert isclose(add(0.1, 0.2), 0.3)", "", 1),
+        (ADD, "try:\n    add(1, 'a')\n    assert False\nexcept TypeError:\n    pass", "", 1),
+        (ADD, "if add(1, 2) == 3:\n    assert add(1, 1) == 2\nif __name__ == '__main__':\n    assert False", "", 1),
         (ADD, "def check(candidate):\n    assert candidate(1, 2) == 3\n", "add", 1),
         (ADD, "def check(candidate):\n    assert candidate(1, 2) == 3\n\ncheck(add)", "", 1),
         (ADD, "def test_add():\n    assert add(a=1, b=2) == 3", "", 1),
@@ -70,6 +73,23 @@ def test_right_programs_pass(code: str, tests: str, entry_point: str, ran: int) 
         (ADD, "x = add(1, 2)", "no test"),
         (ADD, "def check(candidate):\n    assert candidate(1, 2) == 3", "no test"),
         ("def f(:", "assert True", "ended before"),
+        # Nothing was compared.
+        ("def f(x): return []", "for found, wanted in zip(f(1), [2]):\n    assert found == wanted", "no assertion was"),
+        ("def f(x): return []", "def test_f():\n    for one in f(1):\n        assert one == 2", "no assertion was"),
+        (
+            "def f(x): return []",
+            "def check(c):\n    for one in c(1):\n        assert one == 2\n\ncheck(f)",
+            "no assertion",
+        ),
+        ("def f(x): return 0", "if __name__ == '__main__':\n    assert f(1) == 2", "no test"),
+        ("def f(x): return 0", "async def test_f():\n    assert f(1) == 2", "does not run when it is called"),
+        ("def f(x): return 0", "def test_f():\n    assert f(1) == 2\n    yield", "does not run when it is called"),
+        (
+            "def f(x): return 0",
+            "import unittest\nclass T(unittest.TestCase):\n    async def test_f(self):\n"
+            "        self.assertEqual(f(1), 2)",
+            "does not run when it is called",
+        ),
     ],
 )
 def test_wrong_programs_and_tests_fail(code: str, tests: str, problem: str) -> None:
@@ -155,6 +175,11 @@ FORGERIES = {
             for _ in range(900): y = [y]
             return y
     """,
+    "brings its own comparisons": """
+        class math: isclose = staticmethod(lambda *_, **__: True)
+        def isclose(*_, **__): return True
+        def f(x): return 0
+    """,
     "defines the judge's names": """
         def check(x): pass
         def test_f(): pass
@@ -168,7 +193,8 @@ FORGERIES = {
 @pytest.mark.parametrize("how", FORGERIES)
 def test_no_program_passes_without_being_right(how: str) -> None:
     tests = (
-        "import math, unittest\ntry:\n    assert f(1) == 31337\nexcept Warning:\n    pass\nassert all([f(2) == 31337])"
+        "import unittest\ntry:\n    assert f(1) == 31337\nexcept Warning:\n    pass\nassert all([f(2) == 31337])\n"
+        "assert math.isclose(f(3), 31337) and isclose(f(4), 31337)"
     )
     result = judged(textwrap.dedent(FORGERIES[how]), tests)
     assert not result.passed
