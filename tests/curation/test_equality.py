@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from largekd.curation.equality import choice, exact, folded, letter_of, numeric, options_of, symbolic
+from largekd.curation.equality import Options, choice, exact, folded, letter_of, numeric, options_of, symbolic
 from largekd.curation.mathematics import WORKER, Mathematics, latex_of
 from largekd.errors import DataError
 
@@ -22,6 +22,9 @@ def test_text() -> None:
     assert exact("East", r"\text{ east }").same
     assert exact("it's", "It’s!").same
     assert not exact("east", "west").same
+    assert not exact("!", ".").same, "nothing is left of either"
+    assert not exact("x'", "x").same
+    assert exact("'x'", "x").same
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,11 @@ def test_tolerance_is_relative() -> None:
         ("x > 3", "x < 3", False), (r"2\pi", "2π", True), (r"2\pi", "2*pi", True), (r"2\pi", "6.28", False),
         ("3+4i", "4i+3", True), ("3+4i", "3-4i", False), (r"\text{east}", "East", True),
         (r"\text{east}", "west", False),
+        ("5", r"x \ge 5", False), (r"x \ne 5", "5", False), (r"x \ne 5", "x = 5", False), ("x ≥ 5", "5", False),
+        (r"x \ge 5", r"[5, \infty)", True), (r"\pm 5", "5", False), (r"\pm 5", "5, -5", True), ("10_3", "10_4", False),
+        ("52", "52_8", None), ("52_8", "52", True), ("(1,2)", r"\{1,2\}", None), ("x=1,y=2", "2,1", None),
+        ("cat", "act", None), ("cat", "dog", False), ("5!", "5", False), ("5", "5!", True), ("5", r"5\text{0}", None),
+        ("5", r"\text{not }5", None), (r"5\text{ cents}", r"\$5", False),
         ("50\\%", "0.5", True), (r"90^\circ", "90", True), (r"\log_2 8", "3", True), ("5!", "120", True),
         ("2^{-1}", "0.5", True),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True),
@@ -139,16 +147,29 @@ def test_a_process_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_choices() -> None:
-    options = ("Paris", "Rome", "a dog")
-    assert [
-        letter_of(text, options=options) for text in ("B", "(b)", "B. Rome", "rome", "option B", "**B**", "a dog")
-    ] == [*("B", "B", "B", "B", "B", "B", "C")]
-    assert [letter_of(text, options=options) for text in ("a cat", "Berlin", "E", "")] == [None] * 4
+    options = Options(("Paris", "Rome", "a dog"))
+    rome = ("B", "(b)", "B. Rome", "rome", "option B", "**B**", r"\text{B}", r"\textbf{(B)}", "$B$")
+    assert {letter_of(text, options=options) for text in rome} == {"B"}
+    assert letter_of("a dog", options=options) == "C"
+    several = ("(A) or (B)", "(A)(B)", "A) and B)", "A. Paris B. Rome", "**A** and **B**", "B.C")
+    denied = ("(B) is wrong", "B. This isn't it")
+    for text in ("a cat", "Berlin", "E", "", "B) Paris", *several, *denied):
+        assert letter_of(text, options=options) is None, text
     assert choice("B", "(B) Rome", options=options).same is True
     assert choice("Rome", "B", options=options).same is True
     assert choice("1", "B", options=options).same is True, "a place from 0"
     assert choice("A", "B", options=options).same is False
     assert choice("B", "none of these", options=options).same is None
-    assert options_of({"choices": {"text": ["x", "y"], "label": ["A", "B"]}}) == ("x", "y")
-    assert options_of({"options": {"B": "y", "A": "x"}}) == ("x", "y")
-    assert options_of({"options": "abc"}) == ()
+    assert options_of({"options": {"B": "y", "A": "x"}}) == (("x", "y"), ("A", "B"))
+    assert options_of({"options": "abc"}) == ((), ())
+
+
+def test_choices_by_the_labels_of_a_data_set() -> None:
+    numbered = options_of({"choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}})
+    assert choice("1", "A", options=numbered).same is True, "a label, not a place from 0"
+    assert choice("1", "B", options=numbered).same is False
+    assert choice("2", "(2)", options=numbered).same is True
+    turned = options_of({"choices": {"text": ["x", "y"], "label": ["B", "A"]}})
+    assert choice("A", "y", options=turned).same is True
+    clash = options_of({"choices": {"text": ["3", "1"], "label": ["1", "2"]}})
+    assert choice("1", "A", options=clash).same is None, "a label and another option's text"
