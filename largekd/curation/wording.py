@@ -4,7 +4,7 @@ opposites, relations, signs of two values, bases. Equality of numbers and of for
 import re
 from typing import NamedTuple
 
-from largekd.curation.mathematics import latex_of
+from largekd.curation.mathematics import LONGEST, latex_of
 
 
 class Difference(NamedTuple):
@@ -57,7 +57,9 @@ _PLAIN_WORDS = re.compile(r"[^\W\d_]+(?: [^\W\d_]+)*")
 
 
 def worded_apart(gold: str, answer: str) -> Difference | None:
-    """What the words around two numbers say; None where they say nothing."""
+    """What the words around two numbers say; None where they say nothing, and for long texts."""
+    if max(len(gold), len(answer)) > LONGEST:
+        return None
     right, given = (_LATEX_TEXT.sub(r" \1 ", _NOON.sub(r"\1m", text)) for text in (gold, answer))
     names = set(_NAMED.findall(right)), set(_NAMED.findall(given))
     if len(names[0]) == len(names[1]) == 1 and names[0] != names[1]:
@@ -87,6 +89,8 @@ def _changes(text: str) -> set[str]:
 
 def formed_apart(gold: str, answer: str) -> Difference | None:
     """What the forms of two formulas say and a comparison of their values passes over; None where they say nothing."""
+    if max(len(gold), len(answer)) > LONGEST:
+        return None
     right, given = latex_of(gold), latex_of(answer)
     for pattern, other, what in (
         (_UNEQUAL, _INTERVAL, "unequal"),
