@@ -73,7 +73,7 @@ def tags(text: str) -> Iterator[Found]:
 
 
 def boxed(text: str) -> Iterator[Found]:
-    """`\\boxed{…}` with balanced braces, and `\\boxed 5`; different boxes of a list are one answer, with their marks."""
+    """`\\boxed{…}` with balanced braces, and `\\boxed 5`; different boxes of a list are one answer."""
     closing, matches = _braces(text), list(_BOXED.finditer(text))
     for place in reversed(range(len(matches))):
         match = matches[place]
