@@ -13,8 +13,8 @@ _WORDS = {
 }
 _WORD = "|".join(sorted(_WORDS, key=len, reverse=True))
 _MARKED = re.compile(
-    rf"(?<!['“])(?:verdict|judge?ment|decision|grade|conclusion)[\"'*_ \t]*(?:[:=]|\bis\b)[\"'*_ \t\n\[<(]*(?:\\boxed\{{)?"
-    rf"({_WORD})\b",
+    rf"(?<!['“])(?:verdict|judge?ment|decision|grade|conclusion)[\"'*_ \t]*(?:[:=]|\bis\b)[\"'*_ \t\n\[<(]*"
+    rf"(?:\\boxed\{{)?({_WORD})\b",
     re.IGNORECASE,
 )
 _BRACKETED = re.compile(rf"(?:\[\[|\\boxed\{{(?:\\text\{{)?)[ \t]*({_WORD})[ \t]*\}}?(?:\]\]|\}})", re.IGNORECASE)
