@@ -34,7 +34,7 @@ _PAGE = 4096
 # A file in memory without content: inode and name.
 _INODE_BYTES = 1200
 # The name of a process, which it chooses itself, has no line break in this file.
-_OWN_MEMORY = re.compile(r"^(?:RssAnon|VmSwap):\s+(\d+) kB$", re.MULTILINE)
+_OWN_MEMORY = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 
 Stop = Literal["wall", "cpu", "memory", "output"]
 
@@ -105,6 +105,7 @@ class _Started:
         self.pid = 0
         self.pidfd = -1
         self.waited_for = False
+        self.room_bytes = 0
 
     def start(
         self, command: list[str], *, stdin: int, passed: tuple[int, ...], room_bytes: int
@@ -118,6 +119,7 @@ class _Started:
             self.pid = process.pid
             self._hold(os.pidfd_open(process.pid))
             return process
+        self.room_bytes = room_bytes
         info, go = _pipe(self.held), _pipe(self.held)
         seccomp = self.held.enter_context(_readable(seccomp_program(platform.machine())))
         channels = Channels(seccomp=seccomp, info=info.write.fileno(), go=go.read.fileno())
@@ -194,13 +196,13 @@ class _Started:
 
     def _bytes_of_files(self) -> int:
         """Kernel memory of the scratch folder's files themselves, which its quota does not count."""
-        if self.config.isolation == "limits_only":
-            return 0
         try:
             found = os.statvfs(f"/proc/{self.pid}/root/tmp")
         except OSError:
             return 0
-        return (found.f_files - found.f_ffree) * _INODE_BYTES
+        # Until bubblewrap has made the folder, this is the host's own.
+        is_scratch = self.room_bytes and found.f_blocks == -(-self.room_bytes // found.f_frsize)
+        return (found.f_files - found.f_ffree) * _INODE_BYTES if is_scratch else 0
 
 
 def _own_bytes(pid: int) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from largekd.config.sandbox import SandboxConfig
 from largekd.errors import DataError
-from largekd.sandbox import judge
+from largekd.sandbox import plain_values
 from largekd.sandbox.unit_tests import Judgement, run_output_tests, run_tests
 
 ADD = "import math\ndef add(a, b):\n    return a + b\n"
@@ -175,11 +175,6 @@ FORGERIES = {
             for _ in range(900): y = [y]
             return y
     """,
-    "brings its own comparisons": """
-        class math: isclose = staticmethod(lambda *_, **__: True)
-        def isclose(*_, **__): return True
-        def f(x): return 0
-    """,
     "defines the judge's names": """
         def check(x): pass
         def test_f(): pass
@@ -193,12 +188,24 @@ FORGERIES = {
 @pytest.mark.parametrize("how", FORGERIES)
 def test_no_program_passes_without_being_right(how: str) -> None:
     tests = (
-        "import unittest\ntry:\n    assert f(1) == 31337\nexcept Warning:\n    pass\nassert all([f(2) == 31337])\n"
-        "assert math.isclose(f(3), 31337) and isclose(f(4), 31337)"
+        "import math, unittest\ntry:\n    assert f(1) == 31337\nexcept Warning:\n    pass\nassert all([f(2) == 31337])"
     )
     result = judged(textwrap.dedent(FORGERIES[how]), tests)
     assert not result.passed
     assert result.problems
+
+
+@pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize("test", ["assert math.isclose(f(1), 31337)", "assert isclose(f(1), 31337)"])
+def test_no_program_brings_its_own_comparison(test: str) -> None:
+    code = """
+        class math: isclose = staticmethod(lambda *_, **__: True)
+        def isclose(*_, **__): return True
+        def f(x): return 0
+    """
+    result = judged(textwrap.dedent(code), test)
+    assert not result.passed
+    assert "AssertionError" in str(result.problems)
 
 
 @pytest.mark.usefixtures("unharmed")
@@ -247,12 +254,12 @@ def test_only_plain_values_are_decoded() -> None:
 
     for value in ([], 5, {"int": "1", "float": "x"}, {"eval": "1"}, {"list": [{"object": 0}]}, {"int": "import os"}):
         with pytest.raises(ValueError):
-            judge.decode(value, kept=refuse)
+            plain_values.decode(value, kept=refuse)
 
 
 def test_subclasses_arrive_as_their_plain_base() -> None:
     class Number(int):
         pass
 
-    found = judge.decode(judge.encode([Number(3), True], keep=repr), kept=repr)
+    found = plain_values.decode(plain_values.encode([Number(3), True], keep=repr), kept=repr)
     assert (found, [type(one) for one in found]) == ([3, True], [int, bool])
