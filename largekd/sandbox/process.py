@@ -197,7 +197,7 @@ class _Started:
     def _bytes_of_files(self) -> int:
         """Kernel memory of the scratch folder's files themselves, which its quota does not count."""
         try:
-            found = os.statvfs(f"/proc/{self.pid}/root/tmp")
+            found = os.statvfs(Path("/proc", str(self.pid), "root", "tmp"))
         except OSError:
             return 0
         # Until bubblewrap has made the folder, this is the host's own.
