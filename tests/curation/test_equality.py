@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from largekd.curation.equality import Options, choice, exact, folded, letter_of, numeric, options_of, symbolic
 from largekd.curation.mathematics import WORKER, Mathematics, latex_of
+from largekd.curation.wording import formed_apart, worded_apart
 from largekd.errors import DataError
 
 
@@ -53,6 +56,23 @@ def test_text() -> None:
 )  # fmt: skip
 def test_numbers_with_units_and_percent(gold: str, answer: str, same: bool | None) -> None:
     assert numeric(gold, answer, tolerance=1e-6).same is same
+
+
+PIECES = "5 1/2 50% -3 x = ≥ \\pm \\text{ } cents $ km not at least dozen am (A) B. _2 ! , { \\{ \ud800"
+WORDED = st.lists(st.sampled_from(PIECES.split()), max_size=6).map(" ".join)
+
+
+@given(gold=WORDED, answer=st.one_of(WORDED, st.text(max_size=30)))
+@settings(max_examples=300, deadline=None)
+def test_comparing_never_raises_and_finds_nothing_unequal_to_itself(gold: str, answer: str) -> None:
+    numeric(gold, answer, tolerance=1e-6)
+    worded_apart(gold, answer)
+    formed_apart(gold, answer)
+    choice(gold, answer, options=Options(("x", answer), ("1", "2")))
+    assert numeric(answer, answer, tolerance=1e-6).same is not False
+    assert worded_apart(answer, answer) is None
+    for changed in (f"not {answer}", f"{answer} or more"):
+        assert "5" not in answer or numeric("5", changed, tolerance=1e-6).same is not True
 
 
 def test_tolerance_is_relative() -> None:
