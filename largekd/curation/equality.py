@@ -22,6 +22,9 @@ class Agreement(NamedTuple):
     detail: str
 
 
+ROUNDING = 1e-6
+"""Tolerances up to this one are for decimals that were rounded."""
+
 Rule = Callable[[str, str], Agreement]
 """rule(gold, answer)."""
 
@@ -50,7 +53,7 @@ def exact(gold: str, answer: str) -> Agreement:
 
 
 def numeric(gold: str, answer: str, *, tolerance: float) -> Agreement:
-    """The same number: |answer − gold| ≤ tolerance · |gold|.
+    """The same number: |answer − gold| ≤ tolerance · |gold|; whole numbers are equal where that only allows rounding.
 
     Units and money are converted; a unit that one side alone has is the other's too; nouns do not count. 50% is 0.5,
     and 50 where the other side has no percent sign and is more than 1. Unknown where words of one side alone change
@@ -69,9 +72,15 @@ def numeric(gold: str, answer: str, *, tolerance: float) -> Agreement:
     converted_values = _converted(values, right=right.unit, given=given.unit)
     if converted_values is None:
         return Agreement(False, f"{gold!r} and {answer!r}: {given.unit} is no measure of {right.unit}")
-    limit = abs(right.value) * Fraction(tolerance)
-    same = any(abs(value - right.value) <= (limit or Fraction(tolerance)) for value in converted_values)
+    same = any(_near(value, right.value, tolerance=tolerance) for value in converted_values)
     return Agreement(same, f"{gold!r} and {answer!r} as numbers")
+
+
+def _near(value: Fraction, right: Fraction, *, tolerance: float) -> bool:
+    if tolerance <= ROUNDING and value.denominator == right.denominator == 1:
+        return value == right
+    limit = abs(right) * Fraction(tolerance)
+    return abs(value - right) <= (limit or Fraction(tolerance))
 
 
 def _converted(values: list[Fraction], *, right: str, given: str) -> list[Fraction] | None:

@@ -78,6 +78,9 @@ def test_comparing_never_raises_and_finds_nothing_unequal_to_itself(gold: str, a
 def test_tolerance_is_relative() -> None:
     assert numeric("1000000", "1000100", tolerance=1e-3).same
     assert not numeric("1", "1.01", tolerance=1e-3).same
+    assert not numeric("123456789", "123456788", tolerance=1e-6).same, "nothing was rounded"
+    assert numeric("123456789", "1.234568e8", tolerance=1e-5).same
+    assert numeric("12345678.9", "12345679", tolerance=1e-6).same
     assert numeric("1/3", "1/3", tolerance=0.0).same
 
 
