@@ -11,6 +11,7 @@ from largekd.curation.final_answers import find_answer
 from largekd.curation.mathematics import Mathematics
 from largekd.curation.records import Item, Parsed, Verdict
 from largekd.curation.votes import vote
+from largekd.sandbox.unit_tests import NO_TEST
 
 
 class ProgramOutcome(Protocol):
@@ -152,6 +153,8 @@ def _tested(parsed: Parsed, item: Item, *, run_tests: RunTests | None) -> Verdic
     if parsed.program is None:
         return Verdict("unknown", "tests", parsed.problem or "no program")
     found = run_tests(parsed.program, item.tests)
+    if tuple(found.problems) == (NO_TEST,):
+        return Verdict("unknown", "tests", NO_TEST)
     return Verdict("right" if found.passed else "wrong", "tests", "; ".join(found.problems)[:500])
 
 

@@ -20,6 +20,9 @@ from largekd.sandbox.programs import (
     started,
 )
 
+NO_TEST = "the tests hold no test"
+"""The only problem where nothing was tested, which says nothing of the program."""
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -78,7 +81,7 @@ def run_tests(
         cpu_s=max(cpu_s, ended.cpu_s),
     )
     if not passed and not problems:
-        problems = ("the tests hold no test",)
+        problems = (NO_TEST,)
     return Judgement(passed=passed, ran=ran, problems=problems, program=program)
 
 
