@@ -15,7 +15,11 @@ class VerifyConfig(Frozen):
         "none",
         description="symbolic: numbers too. majority: what most samples of the row agree on counts as right.",
     )
-    tolerance: float = Field(1e-6, ge=0, description="Relative difference of numbers that still agree.")
+    tolerance: float = Field(
+        1e-6,
+        ge=0,
+        description="Relative difference of numbers that still agree; whole numbers must be equal up to 1e-6.",
+    )
     agree_share: float = Field(0.5, gt=0, le=1, description="Least share of samples behind a majority.")
     programs: Literal["ignore", "run", "must_agree"] = Field(
         "ignore", description="run: a program's output is its answer. must_agree: and must equal the reasoning's."

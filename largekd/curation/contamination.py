@@ -18,13 +18,17 @@ from largekd.curation.records import Curated
 from largekd.curation.words import gram_digest, gram_digests, ngrams, words
 from largekd.errors import ConfigError, DataError
 
+_LEAST_OF_A_QUESTION = 3
+
 
 @dataclass(frozen=True)
 class _EvaluationSet:
-    """Digests of a set's n-grams, sorted, by the number of their words; texts that are too short to count."""
+    """Digests of a set's n-grams, sorted, by the number of their words; of texts that are too short for these, of the
+    whole."""
 
     name: str
     grams: Mapping[int, NDArray[np.uint64]]
+    wholes: frozenset[int]
     texts: int
     too_short: int
 
@@ -32,8 +36,9 @@ class _EvaluationSet:
 class ContaminationFilter:
     """Score of each set: share of an answer's n-grams, its question's included, that occur in the set.
 
-    A text of the set with fewer words than `ngram`, but at least half as many, counts when it occurs whole. Errors:
-    ConfigError, DataError for a set that cannot be read.
+    A text of the set with fewer words than `ngram`, but at least half as many, counts when it occurs whole; a shorter
+    one of at least three words when it is the whole question, signs of arithmetic included, and the score is then 1.
+    Errors: ConfigError, DataError for a set that cannot be read.
     """
 
     def __init__(self, config: ContaminationFilterConfig) -> None:
@@ -52,20 +57,24 @@ class ContaminationFilter:
         return [self._one(row) for row in group]
 
     def summary(self) -> Mapping[str, object]:
-        """For each set its texts, those too short to count, and the answers that overlap with it at all."""
+        """For each set its texts, those that count only as whole questions, and the answers that overlap with it."""
         return {
             one.name: {"texts": one.texts, "too_short": one.too_short, "overlapping": self._found[one.name]}
             for one in self._sets
         }
 
     def _one(self, row: Curated) -> Judgement:
-        texts = [words(row.ask.item.question), words(row.written.text)]
+        question = row.ask.item.question
+        texts = [words(question), words(row.written.text)]
+        whole = gram_digest(words(question, signs=True))
         total = sum(len(list(ngrams(text, size=self._config.ngram))) for text in texts)
         scores, refused, note = {}, None, ""
         for one in self._sets:
             hits, example = self._overlap(one, texts=texts)
             scores[one.name] = min(1.0, hits / max(1, total))
-            self._found[one.name] += hits > 0
+            if whole in one.wholes:
+                scores[one.name], example = 1.0, question
+            self._found[one.name] += scores[one.name] > 0
             if refused is None and scores[one.name] > self._config.max_share:
                 refused, note = one.name, example
         return Judgement(scores, refused, note)
@@ -90,20 +99,26 @@ class ContaminationFilter:
 def _read_set(path: Path, *, config: ContaminationFilterConfig) -> _EvaluationSet:
     least = max(2, config.ngram // 2)
     digests: dict[int, set[int]] = {}
+    wholes: set[int] = set()
     texts = too_short = 0
     for text in _texts(path, columns=config.columns):
         sequence = words(text)
         if len(sequence) < least:
+            with_signs = words(text, signs=True)
+            if len(with_signs) >= _LEAST_OF_A_QUESTION:
+                wholes.add(gram_digest(with_signs))
             too_short += 1
             continue
         texts += 1
         size = min(config.ngram, len(sequence))
         digests.setdefault(size, set()).update(map(gram_digest, ngrams(sequence, size=size)))
-    if not texts:
+    if not texts and not wholes:
         columns = f" in the columns {', '.join(config.columns)}" if config.columns else ""
         raise DataError(f"curation.filters: {path} has no text of at least {least} words{columns} to compare with.")
     grams = {size: np.sort(np.fromiter(digests[size], dtype=np.uint64)) for size in sorted(digests)}
-    return _EvaluationSet(name=path.name.partition(".")[0], grams=grams, texts=texts, too_short=too_short)
+    return _EvaluationSet(
+        name=path.name.partition(".")[0], grams=grams, wholes=frozenset(wholes), texts=texts, too_short=too_short
+    )
 
 
 def _texts(path: Path, *, columns: Sequence[str]) -> Iterator[str]:

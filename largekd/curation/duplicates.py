@@ -78,6 +78,7 @@ class _Text:
         plain = " ".join(text.casefold().split())
         self.digest = hashlib.blake2b(plain.encode("utf-8", errors="surrogatepass"), digest_size=16).digest()
         self.signature: LeanMinHash | None = None
+        self.has_words = bool(words(text, signs=True))
 
 
 class _NearIndex:
@@ -103,6 +104,9 @@ class _NearIndex:
 
     def find(self, text: _Text) -> tuple[float, str]:
         """Estimated similarity and key of the most similar text, the earliest of equals; (0, "") for none."""
+        if not text.has_words:
+            # All texts without words have the same signature.
+            return 0.0, ""
         signature = self._signature(text)
         best, place = 0.0, -1
         for candidate in sorted(self._index.query(signature)):
@@ -113,6 +117,8 @@ class _NearIndex:
 
     def add(self, text: _Text, *, key: str) -> None:
         """Later texts are compared with this one."""
+        if not text.has_words:
+            return
         signature = self._signature(text)
         self._index.insert(len(self._keys), signature)
         self._signatures.append(signature)

@@ -16,6 +16,9 @@ from largekd.curation.words import ngrams, repeated_share, words
 from largekd.errors import ConfigError
 from largekd.runtime.user_modules import import_user_module
 
+# Characters for each word on average, from which on characters are looked at in place of words.
+_MOST_OF_A_WORD = 40
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -92,7 +95,7 @@ def repetition_filter(config: RepetitionFilterConfig) -> Filter:
     """Scores `ngram_share`, `line_share` (1 - distinct / all) and `unique_words` (distinct / all)."""
 
     def one(row: Curated) -> Judgement:
-        sequence = words(row.written.text)
+        sequence = _words_or_characters(row.written.text)
         lines = [line.strip() for line in row.written.text.splitlines() if line.strip()]
         scores = {
             "ngram_share": repeated_share(list(ngrams(sequence, size=config.ngram))),
@@ -107,6 +110,12 @@ def repetition_filter(config: RepetitionFilterConfig) -> Filter:
         return Judgement(scores, next((rule for rule, is_broken in broken.items() if is_broken), None))
 
     return EachAlone(one)
+
+
+def _words_or_characters(text: str) -> list[str]:
+    """Words; characters of a text that has hardly any, such as "!!!!" or one endless word."""
+    found, characters = words(text), "".join(text.split())
+    return found if len(characters) <= _MOST_OF_A_WORD * max(1, len(found)) else list(characters)
 
 
 def confidence_filter(config: ConfidenceFilterConfig) -> Filter:

@@ -6,7 +6,7 @@ the end of a text that was cut off may be the beginning of a longer one.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from largekd.curation.markings import Piece, trimmed
@@ -24,9 +24,13 @@ class Found(NamedTuple):
 
 Finder = Callable[[str], Iterator[Found]]
 LONGEST = 300
+# What is looked at behind a mark: a piece with more than twice LONGEST is no answer, and texts may be long and hostile.
+_FAR = 1000
 
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _BOXED = re.compile(r"\\f?box(?:ed)?[ \t]*(?:\{|[ \t]([0-9A-Za-z])(?![0-9A-Za-z]))|\\boxed([0-9])(?![0-9])")
+_LISTS = re.compile(r"[\s$]{0,9}(?:[,;]|[,;]?[ \t\n]{0,9}(?:\\text\{)?[ ]?(?:and|or)\b[ ]?\}?)[\s$]{0,9}")
+_MOST_LISTED = 9
 _HASHES = re.compile(r"^[ \t]*####(?!#)[ \t]*(\S[^\n]*)$", re.MULTILINE)
 _NUMBER = r"[-+−]?[$€£¥₹]?[ \t]?[-+−]?(?:\d[\d,.٬٫ _]*(?:/\d+)?|[.]\d+)(?:[eE][-+]?\d+)?"
 _PLAIN_NUMBER = re.compile(rf"{_NUMBER}[ \t]*%?(?:[ \t]+[^\W\d_]+){{0,3}}")
@@ -49,7 +53,10 @@ _CHOICE = re.compile(
 )
 _BOLD = re.compile(r"\*\*(?=\S)([^*\n]{1,80}?)(?<=\S)\*\*")
 _JSON = re.compile(
-    r'"(?:final_|correct_)?answer"[ \t\n]*:[ \t\n]*("(?:[^"\\\n]|\\.)*"|-?\d[\d.eE+-]*|true|false)', re.IGNORECASE
+    r'"(?:final_|correct_)?answer"[ \t\n]{0,40}:[ \t\n]{0,40}'
+    # Not the 1 of 1,234, which is no JSON.
+    r'("(?:[^"\\\n]|\\.)*"|-?\d[\d.eE+-]*(?=[ \t]{0,40}(?:[}\]\n]|,(?!\d)|$))|true|false)',
+    re.IGNORECASE,
 )
 _ANY_NUMBER = re.compile(rf"(?<![\w.]){_NUMBER}%?")
 
@@ -66,16 +73,33 @@ def tags(text: str) -> Iterator[Found]:
 
 
 def boxed(text: str) -> Iterator[Found]:
-    """`\\boxed{…}` with balanced braces, and `\\boxed 5`."""
-    closing = _braces(text)
-    for match in reversed(list(_BOXED.finditer(text))):
-        if match[0].endswith("{"):
-            if match.end() - 1 in closing:
-                yield Found(Piece(match.end(), closing[match.end() - 1]), match.start(), True)
-            else:
-                yield Found(Piece(match.end(), len(text)), match.start(), False, broken=True)
-        else:
+    """`\\boxed{…}` with balanced braces, and `\\boxed 5`; different boxes of a list are one answer."""
+    closing, matches = _braces(text), list(_BOXED.finditer(text))
+    for place in reversed(range(len(matches))):
+        match = matches[place]
+        if not match[0].endswith("{"):
             yield Found(Piece(*match.span(1 if match[1] else 2)), match.start(), match.end() < len(text))
+        elif match.end() - 1 not in closing:
+            yield Found(Piece(match.end(), len(text)), match.start(), False, broken=True)
+        else:
+            pieces = _listed(text, matches=matches, last=place, closing=closing)
+            piece, mark = pieces[-1][0], pieces[0][1]
+            if len({inner.of(text).strip() for inner, _ in pieces}) > 1:
+                piece = Piece(mark, piece.end + 1)
+            yield Found(piece, mark, True)
+
+
+def _listed(
+    text: str, *, matches: Sequence[re.Match[str]], last: int, closing: Mapping[int, int]
+) -> list[tuple[Piece, int]]:
+    """The contents and marks of the boxes that a list ends with in box `last`, as "\\boxed{1} and \\boxed{2}"."""
+    found: list[tuple[Piece, int]] = []
+    for match in reversed(matches[max(0, last - _MOST_LISTED) : last + 1]):
+        end = closing.get(match.end() - 1)
+        if end is None or (found and not _LISTS.fullmatch(text, end + 1, found[0][1])):
+            break
+        found.insert(0, (Piece(match.end(), end), match.start()))
+    return found
 
 
 def _braces(text: str) -> dict[int, int]:
@@ -119,25 +143,29 @@ def json_member(text: str) -> Iterator[Found]:
 
 def answer_line(text: str) -> Iterator[Found]:
     """`Answer: 5`, `The answer is 5.`, a heading "Final answer" with the answer below."""
-    said = len(text.rstrip(" \t\r\n.*"))
+    said, end_of_text = len(text.rstrip(" \t\r\n.*")), len(text.rstrip())
     for match in reversed(list(_LINE.finditer(text))):
         start = match.end()
         end = _end_of_line(text, start)
         if not text[start:end].strip(" \t*_:"):
             start = _past(_DECORATION, text, start)
             end = _end_of_line(text, start)
-        start = _past(_SPACES, text, start)
-        whole = end < len(text)
+        start = min(_past(_SPACES, text, start), end)
+        whole = text[end : end + 1] == "\n"
         bold = _BOLD.match(text, start, end)
         if bold is not None:
             yield Found(Piece(*bold.span(1)), match.start(), True)
             continue
         stop = _SENTENCE_END.search(text[start:end])
         if stop is not None and stop.start():
-            end, whole = start + stop.start(), True
+            # A full stop that ends the text may be a decimal point.
+            end, whole = (
+                start + stop.start(),
+                stop.end() + start < end_of_text or not text[start + stop.start() - 1].isdigit(),
+            )
         words = text[start:end]
         # A long "answer" with more below it is the beginning of a solution.
-        if len(words.split()) > 12 and end < said:
+        if len(words.split()) > 12 and end < said and whole:
             continue
         if words.strip() and not _NO_ANSWER.match(words) and not words.rstrip().endswith(":"):
             yield Found(Piece(start, end), match.start(), whole)
@@ -149,8 +177,10 @@ def _past(pattern: re.Pattern[str], text: str, start: int) -> int:
 
 
 def _end_of_line(text: str, start: int) -> int:
-    end = text.find("\n", start)
-    return len(text) if end < 0 else end
+    """Where the line ends, or so far behind `start` that it does not matter."""
+    far = min(len(text), start + _FAR)
+    end = text.find("\n", start, far)
+    return far if end < 0 else end
 
 
 def choice(text: str) -> Iterator[Found]:

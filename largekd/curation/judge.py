@@ -13,29 +13,39 @@ _WORDS = {
 }
 _WORD = "|".join(sorted(_WORDS, key=len, reverse=True))
 _MARKED = re.compile(
-    rf"(?:verdict|judge?ment|decision|grade|conclusion)[\"'*_ \t]*(?:[:=]|\bis\b)[\"'*_ \t\n]*(?:\\boxed\{{)?"
-    rf"({_WORD})\b",
+    rf"(?<!['“])(?:verdict|judge?ment|decision|grade|conclusion)[\"'*_ \t]*(?:[:=]|\bis\b)[\"'*_ \t\n\[<(]*"
+    rf"(?:\\boxed\{{)?({_WORD})\b",
     re.IGNORECASE,
 )
 _BRACKETED = re.compile(rf"(?:\[\[|\\boxed\{{(?:\\text\{{)?)[ \t]*({_WORD})[ \t]*\}}?(?:\]\]|\}})", re.IGNORECASE)
-_ALONE = re.compile(rf"[\W_]*({_WORD})[\W_]*", re.IGNORECASE)
+# "Verdict: correct or incorrect", "correct?", "correct reasoning but" are no verdict of right.
+_SAID = re.compile(
+    r"[\"'*_\])}>`]{0,9}[ \t]{0,9}(?:$|[.;!]|,(?![ \t]{0,9}but\b)|(?<=[ \t])[-–—]|because\b|since\b)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_ALONE = re.compile(rf"[\W_]*({_WORD})(?:[^\w?]|_)*", re.IGNORECASE)
 
 
 def judge_verdict(text: str, /, *, finish: str = "stop") -> Verdict:
-    """The verdict in a judge's text: the last marked one ("Verdict: correct", [[correct]]), else a last line of a word.
+    """The verdict in a judge's text: a last line of one word, else the last mark ("Verdict: correct", [[correct]]).
 
-    A text that was cut off, names no verdict, or ends its thought without one, is unknown. What the judge thinks aloud
-    does not count.
+    A text that was cut off, names no verdict, hedges it, or ends its thought without one, is unknown. What the judge
+    thinks aloud or quotes does not count.
     """
     thought = find_thought(text)
     if thought is not None:
         text = text[thought.after :] if thought.after is not None else ""
     if finish != "stop":
         return Verdict("unknown", "judge", "the judge's text is not finished")
-    marked = sorted((match.start(), match[1]) for pattern in (_MARKED, _BRACKETED) for match in pattern.finditer(text))
-    word = marked[-1][1] if marked else _last_line(text)
+    word = _last_line(text)
     if word is None:
-        return Verdict("unknown", "judge", "the judge's text holds no verdict")
+        marked = [match for pattern in (_MARKED, _BRACKETED) for match in pattern.finditer(text)]
+        if not marked:
+            return Verdict("unknown", "judge", "the judge's text holds no verdict")
+        last = max(marked, key=re.Match.start)
+        word = last[1]
+        if _WORDS[word.lower()] == "right" and not _SAID.match(text, last.end()):
+            return Verdict("unknown", "judge", "the judge's verdict is hedged")
     quoted = json.dumps(" ".join(text.split())[-200:], ensure_ascii=False)
     match _WORDS[word.lower()]:
         case "right":

@@ -8,9 +8,10 @@ from largekd.curation.filters import EachAlone, Filter, Judgement
 from largekd.curation.records import Curated
 from largekd.errors import ConfigError
 
-# Code, formulas, tags and numbers are in no language.
+# Code, formulas, tags and numbers are in no language. Bounded, since an opening mark may have no closing one.
 _NOT_PROSE = re.compile(
-    r"```.*?(?:```|\Z)|\$\$.*?\$\$|\$[^$\n]*\$|\\\[.*?\\\]|\\\(.*?\\\)|`[^`\n]*`|</?\w+>|\\\w+|\d[\d.,:/]*", re.DOTALL
+    r"```.*?(?:```|\Z)|\$\$.{0,2000}?\$\$|\$[^$\n]*\$|\\\[.{0,2000}?\\\]|\\\(.{0,2000}?\\\)|`[^`\n]*`|</?\w+>|\\\w+|\d[\d.,:/]*",
+    re.DOTALL,
 )
 _WORD = re.compile(r"[^\W\d_]+")
 

@@ -40,8 +40,9 @@ _LATEX = (
     (re.compile(r"\\([%$#&])"), r"\1"),
     (re.compile(r"\\[()\[\]]"), " "),
 )
-_CURRENCIES = {"$": "dollar", "€": "euro", "£": "pound", "¥": "yen", "₹": "rupee"}
-_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_CURRENCIES = {"$": "dollar", "€": "euro", "£": "sterling", "¥": "yen", "₹": "rupee"}
+_SHORT_SCALES = frozenset({"M", "B", "k", "bn", "mn", "mil"})
+_SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?:[ \u00a0\u202f_]\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)[ ]*(?P<currency>[$€£¥₹]?)[ ]*(?P<inner>[-+]?)[ ]*"
@@ -55,9 +56,10 @@ _NUMBER = re.compile(
 _EUROPEAN = re.compile(r"(?<![\d.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d.,])|(?<![\d.,])0,(\d+)(?![\d.,])")
 _LEFT_SIDE = re.compile(r"^[ ]*(?:[^\W\d]\w{0,15}(?:\([\w, ]{1,15}\))?[ ]*)?(?:=|≈|:)(?!=)")
 _AROUND = re.compile(r"^[ ]*(?:approximately|approx\.?|about|roughly|around|exactly|only|≈|~)[ ]*", re.IGNORECASE)
-
-
-_OPERATOR = re.compile(r"^[-,:]|[\^*/+=<>√\\()\[\]{}|]")
+_NEGATIVE = re.compile(r"\b(?:minus|negative)[ ]+(?=[\d.$])", re.IGNORECASE)
+_ELLIPSIS = re.compile(r"\.\.|…|\\[lc]?dots")
+_OPERATOR = re.compile(r"^[-,:]|[\^*/+=<>≤≥≠±∓√\\()\[\]{}|]")
+_SIGN_BEFORE = re.compile(r"[\\<>≤≥≠±∓]|[\d^*/+=√()\[\]{}-]$")
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def plain(text: str) -> str:
     text = "".join(str(unicodedata.digit(c)) if c.isdigit() and not c.isascii() else c for c in text)
     for pattern, written in _LATEX:
         text = pattern.sub(written, text)
-    return re.sub(r"\s+", " ", text.replace("**", "^").strip(" $`").strip())
+    return re.sub(r"\s+(?=\^)|(?<=\s)\s+", "", re.sub(r"\s", " ", text.replace("**", "^").strip(" $`").strip()))
 
 
 def read_quantity(text: str, /) -> Quantity | None:
@@ -86,7 +88,9 @@ def read_quantity(text: str, /) -> Quantity | None:
     if len(text) > LONGEST:
         return None
     currency = re.search(r"^[-−]?\s*\\?\$\s*[-−]?\s*\d", text.strip()) is not None and not text.strip().endswith("$")
-    words = _AROUND.sub("", plain(text))
+    if _ELLIPSIS.search(text):
+        return None
+    words = _NEGATIVE.sub("-", _AROUND.sub("", plain(text)))
     words = _AROUND.sub("", _LEFT_SIDE.sub("", words)).strip()
     words = _EUROPEAN.sub(lambda m: f"{m[1].replace('.', '')}.{m[2]}" if m[1] else f"0.{m[3]}", words)
     words = words[:-1] if words.endswith(".") else words
@@ -99,9 +103,12 @@ def read_quantity(text: str, /) -> Quantity | None:
     before, rest = words[: match.start()], words[match.end() :].strip(" $.,;!")
     glued = words[match.end() - 1].isdigit() and words[match.end() : match.end() + 1].isalpha()
     known = read_unit(rest) is not None
-    if _numbers(rest) or re.search(r"[\d^*/+=<>√\\()\[\]{}-]$", before.rstrip(" $")):
+    if _numbers(rest) or _SIGN_BEFORE.search(before.rstrip(" $")):
         return None
-    if not known and (glued or _OPERATOR.search(rest)):
+    # "R2" is a remainder, "_8" a base.
+    if rest in _SHORT_SCALES:
+        return None
+    if not known and (glued or _OPERATOR.search(rest) or re.search(r"\d", rest)):
         return None
     value = _value(match)
     if value is None:

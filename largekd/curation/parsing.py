@@ -7,13 +7,13 @@ import re
 from typing import Literal
 
 from largekd.config.curation import CurationConfig
-from largekd.curation.final_answers import AUTO, Found, cleaned, find_answer
+from largekd.curation.final_answers import AUTO, FINDERS, LONGEST, Found, cleaned, find_answer
 from largekd.curation.markings import Fence, Piece, Thought, find_fences, find_program, find_thought, trimmed, without
 from largekd.curation.records import Parsed
 from largekd.curation.steps import split_steps
 
 # "So, the final answer is:" above a displayed formula.
-_ANNOUNCES = re.compile(r"\b(?:answer|therefore|thus|hence|result|so)\b[^\n]*:[*_]*$", re.IGNORECASE)
+_ANNOUNCES = re.compile(r"\b(?:answer|therefore|thus|hence|result|so)\b", re.IGNORECASE)
 CUT_OFF = "cut off at the token limit"
 
 
@@ -53,7 +53,7 @@ def _moved(fence: Fence, *, by: int) -> Fence:
 
 
 def _answer(text: str, *, start: int, fences: tuple[Fence, ...], format: str, cut: bool) -> Found | None:
-    code = tuple(fence for fence in fences if fence.language not in ("json", "text", "latex", "math", "tex"))
+    code = _code(fences)
     visible = without(text, code)[start:]
     found = find_answer(visible, format=format, cut=cut, alone=not code)
     if found is None:
@@ -63,6 +63,11 @@ def _answer(text: str, *, start: int, fences: tuple[Fence, ...], format: str, cu
     if any(fence.whole.start < piece.end and piece.start < fence.whole.end for fence in code):
         return None
     return Found(piece, found.mark + start, found.closed)
+
+
+def _code(fences: tuple[Fence, ...]) -> tuple[Fence, ...]:
+    """Blocks that hold no answer."""
+    return tuple(fence for fence in fences if fence.language not in ("json", "text", "latex", "math", "tex"))
 
 
 def _reasoning(
@@ -92,7 +97,7 @@ def _start_of_sentence(text: str, *, start: int, mark: int) -> int:
     for opener in ("\\[", "$$"):
         before = before.removesuffix(opener).rstrip()
     last = before.rfind("\n") + 1
-    announces = _ANNOUNCES.search(before, last)
+    announces = before.rstrip("*_").endswith(":") and _ANNOUNCES.search(before, last)
     return start + (last if announces else len(before))
 
 
@@ -117,11 +122,14 @@ def spans_of(parsed: Parsed, /, text: str) -> list[dict[str, str | int]]:
     `text` is what was parsed or a message made of its parts; a part that is not in it has no span. Names: reasoning
     (in pieces where program or answer stand inside of it), program, answer.
     """
-    program = _last(text, parsed.program)
-    answer = _answer_in(text, parsed.answer, program=program)
+    thought = find_thought(text)
+    visible_from = thought.after if thought is not None and thought.after is not None else 0
+    fences = tuple(_moved(fence, by=visible_from) for fence in find_fences(text[visible_from:]))
+    program = _program_in(text, parsed.program, fences=fences)
+    answer = _answer_in(text, parsed.answer, start=visible_from, fences=fences)
     taken = sorted(piece for piece in (program, answer) if piece is not None)
     spans = [("program", program), ("answer", answer)]
-    start = text.find(parsed.reasoning) if parsed.reasoning else -1
+    start = _reasoning_at(text, parsed.reasoning, thought=thought)
     if start >= 0 and parsed.reasoning:
         end = start + len(parsed.reasoning)
         for piece in taken:
@@ -133,24 +141,41 @@ def spans_of(parsed: Parsed, /, text: str) -> list[dict[str, str | int]]:
     return [{"name": name, "start": start, "end": end} for start, end, name in sorted(kept)]
 
 
-def _last(text: str, part: str | None) -> Piece | None:
-    start = text.rfind(part) if part else -1
-    return Piece(start, start + len(part)) if part and start >= 0 else None
+def _reasoning_at(text: str, reasoning: str | None, *, thought: Thought | None) -> int:
+    """Where `reasoning` begins, at first inside of the thought, whose tags may hold its words too; -1 for nowhere."""
+    if not reasoning:
+        return -1
+    inside = text.find(reasoning, thought.inner.start, thought.inner.end) if thought is not None else -1
+    return inside if inside >= 0 else text.find(reasoning)
 
 
-def _answer_in(text: str, answer: str | None, *, program: Piece | None) -> Piece | None:
-    """Where the text marks `answer` as its answer, else its last occurrence that is no part of a word or program."""
+def _program_in(text: str, program: str | None, *, fences: tuple[Fence, ...]) -> Piece | None:
+    """The last block of code that is `program`; where there is none, its last occurrence."""
+    if not program:
+        return None
+    for fence in reversed(fences):
+        if fence.body.of(text) == program:
+            return fence.body
+    start = text.rfind(program)
+    return Piece(start, start + len(program)) if start >= 0 else None
+
+
+def _answer_in(text: str, answer: str | None, *, start: int, fences: tuple[Fence, ...]) -> Piece | None:
+    """Where the text marks `answer` as its answer, looked for as `parse` does; else its last occurrence that is no part
+    of a word or program."""
     if not answer:
         return None
-    for finder in AUTO:
-        for found in finder(text):
-            piece = cleaned(text, found.piece)
-            if piece.of(text) == answer:
-                return piece
-            inner = text.find(answer, *found.piece)
-            if inner >= 0:
-                return Piece(inner, inner + len(answer))
+    visible = without(text, _code(fences))[start:]
+    for finder in (*AUTO, *FINDERS["choice"], *FINDERS["last_number"], *FINDERS["hashes"]):
+        for found in finder(visible):
+            words = trimmed(visible, *found.piece)
+            if words.end - words.start <= 2 * LONGEST and cleaned(visible, words).of(visible) == answer:
+                place = cleaned(visible, words).start + start
+                return Piece(place, place + len(answer))
     pattern = rf"(?<!\w){re.escape(answer)}(?!\w)"
-    places = [Piece(*match.span()) for match in re.finditer(pattern, text)]
-    outside = [one for one in places if program is None or one.end <= program.start or one.start >= program.end]
-    return outside[-1] if outside else _last(text, answer)
+    for whole in (without(text, fences), text):
+        places = [Piece(*match.span()) for match in re.finditer(pattern, whole)]
+        if places:
+            return places[-1]
+    last = text.rfind(answer)
+    return Piece(last, last + len(answer)) if last >= 0 else None

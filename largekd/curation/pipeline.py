@@ -29,6 +29,7 @@ from largekd.curation.rules import build_filters, gate, rule_names
 from largekd.curation.statistics import Statistics
 from largekd.errors import ConfigError, DataError
 from largekd.runtime.files import (
+    TEMPORARY_PREFIX,
     fsync_path,
     read_json,
     remove_tree,
@@ -91,7 +92,11 @@ def _replace(
     examiner: Examiner,
     job: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """A new data folder in the place of the former one, or the former one after an error."""
+    """A new data folder in the place of the former one, or the former one after an error. What a killed curation has
+    left is removed."""
+    for label in (DATA_FOLDER, f"old-{DATA_FOLDER}"):
+        for killed in folder.glob(f"{TEMPORARY_PREFIX}{label}-*"):
+            remove_tree(killed)
     new = temporary_sibling(folder / DATA_FOLDER, label=DATA_FOLDER)
     new.mkdir()
     try:

@@ -3,7 +3,7 @@
 import re
 from fractions import Fraction
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import pint
 
@@ -46,7 +46,8 @@ def read_unit(text: str, /) -> str | None:
         words = pattern.sub(written, words)
     if not words or len(words) > 60 or not _SHAPE.fullmatch(words):
         return None
-    names = [name if name in _KNOWN else name.lower() for name in _WORD.findall(words)]
+    # "5 M" are millions, not metres.
+    names = [name if name in _KNOWN or len(name) == 1 else name.lower() for name in _WORD.findall(words)]
     if not all(name in _KNOWN for name in names):
         return None
     rest = iter(names)
@@ -55,6 +56,42 @@ def read_unit(text: str, /) -> str | None:
         return str(_registry().parse_units(expression))
     except (pint.UndefinedUnitError, pint.DefinitionSyntaxError, ValueError, TypeError):
         return None
+
+
+def leading_unit(text: str, /) -> str | None:
+    """The unit that `text` is or begins with ("feet tall"); of "in" alone, which begins "in total", none."""
+    words = text.split()
+    for count in range(min(len(words), 3), 0, -1):
+        found = read_unit(" ".join(words[:count]))
+        if found is not None and (count == len(words) or words[:count] != ["in"]):
+            return found
+    return read_unit(text)
+
+
+class Money(NamedTuple):
+    """A coin or note: its worth in a currency; "" for cents, which several have."""
+
+    currency: str
+    worth: Fraction
+
+
+_HUNDREDTH = Fraction(1, 100)
+_MONEY = {
+    **dict.fromkeys(("dollar", "dollars", "usd", "bucks"), Money("dollar", Fraction(1))),
+    **dict.fromkeys(("cent", "cents"), Money("", _HUNDREDTH)),
+    **dict.fromkeys(("penny", "pennies"), Money("dollar", _HUNDREDTH)),
+    **dict.fromkeys(("euro", "euros", "eur"), Money("euro", Fraction(1))),
+    **dict.fromkeys(("sterling", "pound", "pounds", "gbp"), Money("sterling", Fraction(1))),
+    "pence": Money("sterling", _HUNDREDTH),
+    "yen": Money("yen", Fraction(1)),
+    **dict.fromkeys(("rupee", "rupees"), Money("rupee", Fraction(1))),
+}
+
+
+def money_of(text: str, /) -> Money | None:
+    """What `text` begins with, where that is money."""
+    words = text.casefold().split()
+    return _MONEY.get(words[0].strip(".,;")) if words else None
 
 
 def _alias(name: str) -> str:

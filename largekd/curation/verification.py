@@ -6,11 +6,12 @@ from functools import partial
 from typing import Protocol
 
 from largekd.config.curation import VerifyConfig
-from largekd.curation.equality import Agreement, Rule, choice, exact, numeric, options_of, symbolic
+from largekd.curation.equality import Agreement, Options, Rule, choice, exact, numeric, options_of, symbolic
 from largekd.curation.final_answers import find_answer
 from largekd.curation.mathematics import Mathematics
 from largekd.curation.records import Item, Parsed, Verdict
 from largekd.curation.votes import vote
+from largekd.sandbox.unit_tests import NO_TEST
 
 
 class ProgramOutcome(Protocol):
@@ -128,8 +129,8 @@ def rule_of(config: VerifyConfig, *, item: Item, means: Means) -> Rule:
             return _either(config, options=options, mathematics=means.mathematics)
 
 
-def _either(config: VerifyConfig, *, options: Sequence[str], mathematics: Mathematics | None) -> Rule:
-    rules: list[Rule] = [partial(choice, options=options)] if options else []
+def _either(config: VerifyConfig, *, options: Options, mathematics: Mathematics | None) -> Rule:
+    rules: list[Rule] = [partial(choice, options=options)] if options.texts else []
     if mathematics is not None:
         rules.append(partial(symbolic, tolerance=config.tolerance, mathematics=mathematics))
     else:
@@ -152,6 +153,8 @@ def _tested(parsed: Parsed, item: Item, *, run_tests: RunTests | None) -> Verdic
     if parsed.program is None:
         return Verdict("unknown", "tests", parsed.problem or "no program")
     found = run_tests(parsed.program, item.tests)
+    if tuple(found.problems) == (NO_TEST,):
+        return Verdict("unknown", "tests", NO_TEST)
     return Verdict("right" if found.passed else "wrong", "tests", "; ".join(found.problems)[:500])
 
 

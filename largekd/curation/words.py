@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 # Scripts without spaces between words: each character counts as a word.
 _SPACELESS = "\u0e00-\u0e7f\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_SPACELESS}]|[^\W_{_SPACELESS}]+")
+# Characters without width: soft hyphens, joiners, marks of direction. A word with one of them looks the same.
+_UNSEEN = re.compile("[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]")
 # 3 - 2 and 3 + 2 are different problems.
 _WORD_OR_SIGN = re.compile(rf"{_WORD.pattern}|[-+*/=<>^%\u2212\u00d7\u00f7\u2264\u2265\u221a]")
 
@@ -18,7 +20,7 @@ _WORD_OR_SIGN = re.compile(rf"{_WORD.pattern}|[-+*/=<>^%\u2212\u00d7\u00f7\u2264
 def words(text: str, *, signs: bool = False) -> list[str]:
     """Words in small letters, compatible forms of characters made equal, without punctuation; `signs`: with those of
     arithmetic."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
+    plain = _UNSEEN.sub("", unicodedata.normalize("NFKC", text)).casefold()
     return (_WORD_OR_SIGN if signs else _WORD).findall(plain)
 
 

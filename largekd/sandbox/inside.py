@@ -5,7 +5,8 @@ alone, and as little of it as possible, because every program pays for the impor
 it cannot be signalled by the program, and its end is the end of all other processes.
 
 Request, a file that is read in order: fields of 8 bytes length and content: limits (six integers), mode, search path,
-program, number of files, their names and contents; mode `tests` adds the judge's source, the entry point and the tests.
+program, number of files, their names and contents; mode `tests` adds the sources of plain_values and judge, the entry
+point and the tests.
 The tests are read after the program has become a process of its own, so that no copy of them is in its memory.
 Report: one line `exit CODE CPU_SECONDS`, `signal NUMBER CPU_SECONDS`, or `judged CPU_SECONDS` and a line of JSON.
 """
@@ -91,14 +92,14 @@ def watched(limits: list[int], *, lifeline: int) -> bytes:
 
 def judged(request: int, *, limits: list[int], lifeline: int) -> bytes:
     """Run the program as a module in a child, and the tests here, which ask the child; the report's lines."""
-    judge_source = read_field(request)
+    sources = read_field(request), read_field(request)
     to_program, from_judge = os.pipe()
     to_judge, from_program = os.pipe()
     child = os.fork()
     if child == 0:
         close_all_but(to_program, from_program)
         become_program(limits)
-        judge = load_source(judge_source, name="judge")
+        judge = load_judge(sources)
         module = load("program.py", name="program")
         judge.serve(module, ask=to_program, answer=from_program)
         sys.exit()
@@ -108,7 +109,7 @@ def judged(request: int, *, limits: list[int], lifeline: int) -> bytes:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     entry_point, tests = read_field(request).decode(), read_field(request).decode()
     set_limits(limits)
-    judge = load_source(judge_source, name="judge")
+    judge = load_judge(sources)
     verdict = judge.judge(tests, entry_point=entry_point, ask=from_judge, answer=to_judge)
     os.kill(child, signal.SIGKILL)
     wait_for(child)
@@ -155,6 +156,12 @@ def load(file: str, *, name: str) -> ModuleType:
     path = os.path.join(os.getcwd(), file)
     with open(path, "rb") as opened:
         return load_source(opened.read(), name=name, path=path)
+
+
+def load_judge(sources: tuple[bytes, bytes]) -> ModuleType:
+    """The judge, after the module that it imports by its name in the package."""
+    load_source(sources[0], name="largekd.sandbox.plain_values")
+    return load_source(sources[1], name="judge")
 
 
 def load_source(source: bytes, *, name: str, path: str = "<judge>") -> ModuleType:

@@ -13,7 +13,8 @@ from largekd.errors import ConfigError
 NOBODY = 65534
 _HOMES = (Path("/root"), Path("/home"))
 _LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64")
-_DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+# Not /dev/zero: mapped as shared it is memory that is in no process's.
+_DEVICES = ("/dev/null", "/dev/random", "/dev/urandom")
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def bubblewrap_command(config: SandboxConfig, *, channels: Channels, room_bytes:
     """The command up to the one that runs inside.
 
     A user, process, network, IPC, host-name and cgroup namespace of its own, no further user namespace, no capability,
-    a read-only tree of libraries, four devices and one interpreter, no /proc, and /tmp of `room_bytes`.
+    a read-only tree of libraries, three devices and one interpreter, no /proc, and /tmp of `room_bytes`.
     """
     python = interpreter(config.python)
     command = [

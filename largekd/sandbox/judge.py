@@ -5,95 +5,28 @@ trace nor read nor write. The tests see the program's names as stand-ins; a call
 rebuilt from plain built-in types. So a comparison is made by the judge's own interpreter on values that have no code of
 the program in them, and the verdict leaves through a descriptor that the program never had.
 
-Like `inside.py` this is text for an interpreter that knows no package: standard library alone.
+Like `inside.py` this is text for an interpreter that knows no package: standard library alone, and `plain_values.py`,
+which is put before it.
 """
 
 import ast
 import builtins
 import importlib
 import json
-import os
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
-_MOST_BYTES = 1 << 24
+from largekd.sandbox.plain_values import decode, encode, receive, send
+
 _MOST_WORDS = 500
 _NEED_ARGUMENTS = ("UnicodeDecodeError", "UnicodeEncodeError", "UnicodeTranslateError", "ExceptionGroup")
 _MODULES = ("program", "solution", "main")
-
-
-# ---- messages ------------------------------------------------------------------------------------------------------
-
-
-def send(descriptor: int, message: Any) -> None:
-    """One message: 8 bytes length, JSON."""
-    data = json.dumps(message).encode()
-    view = memoryview(len(data).to_bytes(8, "little") + data)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def receive(descriptor: int) -> Any:
-    """The next message. EOFError: the other side has ended. ValueError: what came is no message."""
-    length = int.from_bytes(_exactly(descriptor, count=8), "little")
-    if length > _MOST_BYTES:
-        raise ValueError(f"a value of {length} bytes, more than {_MOST_BYTES}")
-    return json.loads(_exactly(descriptor, count=length))
-
-
-def _exactly(descriptor: int, *, count: int) -> bytes:
-    data = bytearray()
-    while len(data) < count:
-        part = os.read(descriptor, count - len(data))
-        if not part:
-            raise EOFError
-        data += part
-    return bytes(data)
-
-
-def encode(value: Any, *, keep: Callable[[Any], Any]) -> Any:
-    """A value as JSON with its type; `keep` says what stands for a value that is none of the plain ones."""
-    if value is None or isinstance(value, bool | str):
-        return value
-    if isinstance(value, int):
-        # Hexadecimal has no limit on digits and takes linear time.
-        return {"int": hex(value)}
-    if isinstance(value, float):
-        return {"float": value.hex()}
-    if isinstance(value, complex):
-        return {"complex": [value.real.hex(), value.imag.hex()]}
-    if isinstance(value, bytes | bytearray):
-        return {"bytes": bytes(value).hex()}
-    if isinstance(value, dict):
-        return {"dict": [[encode(key, keep=keep), encode(one, keep=keep)] for key, one in value.items()]}
-    for kind in (list, tuple, set, frozenset):
-        if isinstance(value, kind):
-            return {kind.__name__: [encode(one, keep=keep) for one in value]}
-    return keep(value)
-
-
-def decode(coded: Any, *, kept: Callable[[Any], Any]) -> Any:
-    """The reverse: nothing but plain built-in values, and what `kept` makes of the others. ValueError: neither."""
-    if coded is None or isinstance(coded, bool | str):
-        return coded
-    if not isinstance(coded, dict) or len(coded) != 1:
-        raise ValueError("no value")
-    ((kind, content),) = coded.items()
-    if kind == "int":
-        return int(content, 16)
-    if kind == "float":
-        return float.fromhex(content)
-    if kind == "complex":
-        return complex(*map(float.fromhex, content))
-    if kind == "bytes":
-        return bytes.fromhex(content)
-    if kind == "dict":
-        return {decode(key, kept=kept): decode(one, kept=kept) for key, one in content}
-    if kind in ("list", "tuple", "set", "frozenset"):
-        return getattr(builtins, kind)(decode(one, kept=kept) for one in content)
-    return kept(coded)
+# CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERATOR: calling such a function runs nothing of it.
+_NOT_RUN_BY_A_CALL = 0x20 | 0x80 | 0x200
+_REACHED = "__reached__"
 
 
 # ---- the program's side --------------------------------------------------------------------------------------------
@@ -269,6 +202,11 @@ class _Tally:
     def __init__(self) -> None:
         self.ran = 0
         self.problems: list[str] = []
+        self.reached = 0
+
+    def reach(self) -> None:
+        """An assertion is about to be made."""
+        self.reached += 1
 
     def attempt(self, label: str, run: Callable[[], Any]) -> bool:
         """Run it; false and a problem if it raised."""
@@ -279,78 +217,125 @@ class _Tally:
             self.problems.append(f"{label}: {type(attempt.error).__name__}: {_words(attempt.error)}")
         return attempt.error is None
 
+    def test(self, label: str, run: Callable[[], Any], *, asserts: bool) -> None:
+        """Run and count it. A program must not pass by a loop over nothing: with assertions, one must be reached."""
+        before = self.reached
+        self.ran += 1
+        if self.attempt(label, run) and asserts and self.reached == before:
+            self.problems.append(f"{label}: no assertion was reached")
+
+
+class _Marked(ast.NodeTransformer):
+    """Tells the tally of every assertion before it is made, and of every `try`, whose assertions may be there to show
+    what must not be reached."""
+
+    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        return [self._mark(node), node]
+
+    def visit_Try(self, node: ast.Try) -> list[ast.stmt]:
+        self.generic_visit(node)
+        return [self._mark(node), node]
+
+    def _mark(self, node: ast.stmt) -> ast.stmt:
+        call = ast.Expr(ast.Call(ast.Name(_REACHED, ast.Load()), [], []))
+        return ast.fix_missing_locations(ast.copy_location(call, node))
+
 
 def judge(tests: str, *, entry_point: str, ask: int, answer: int) -> str:
     """Run the tests against the program; JSON {"ran": int, "problems": [str, …]}, passed if ran > 0 and no problem.
 
-    Counted are statements with an assert, `check(entry point)`, functions test_* without arguments and the methods of
-    unittest.TestCase classes.
+    Counted are statements in which an assertion is reached, `check(entry point)`, functions test_* without arguments
+    and the methods of unittest.TestCase classes.
     """
     tally, line = _Tally(), _Line(ask=ask, answer=answer)
-    namespace: dict[str, Any] = {"__name__": "tests"}
-    if tally.attempt("program", lambda: _bind(line, namespace=namespace)):
+    namespace: dict[str, Any] = {"__name__": "tests", _REACHED: tally.reach}
+    tree = ast.Module(body=[], type_ignores=[])
+
+    def begin() -> None:
+        tree.body = ast.parse(tests).body
+        _bind(line, namespace=namespace, tests=tree)
+
+    if tally.attempt("program", begin):
         before = dict(namespace)
-        if tally.attempt("tests", lambda: _run_statements(tests, namespace=namespace, tally=tally)):
+        asserting = {one.name for one in tree.body if isinstance(one, ast.FunctionDef) and _asserts(one)}
+        run = lambda: _run_statements(tree, namespace=namespace, asserting=asserting, tally=tally)  # noqa: E731
+        if tally.attempt("tests", run):
             defined = {name: value for name, value in namespace.items() if before.get(name) is not value}
-            _run_defined(defined, entry_point=namespace.get(entry_point), tally=tally)
+            _run_defined(defined, entry_point=namespace.get(entry_point), asserting=asserting, tally=tally)
     if line.broken and line.broken not in str(tally.problems):
         tally.problems.append(line.broken)
     sys.stdout.flush()
     return json.dumps({"ran": tally.ran, "problems": tally.problems[:20]})
 
 
-def _bind(line: _Line, *, namespace: dict[str, Any]) -> None:
-    """The program's names as stand-ins, by themselves and as modules. Built-in names stay the interpreter's own, and a
-    module of the standard library that the program imported is imported here."""
+def _bind(line: _Line, *, namespace: dict[str, Any], tests: ast.Module) -> None:
+    """The program's names as stand-ins, by themselves and as modules. Built-in names stay the interpreter's own, and so
+    do what tests compare with: `isclose`, and modules of the standard library."""
+    used_as_modules = {
+        node.value.id
+        for node in ast.walk(tests)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+    }
     for name, coded in line.exchange(None):
         if not isinstance(name, str) or hasattr(builtins, name) or name.startswith("_"):
             continue
-        if isinstance(coded, dict) and "module" in coded:
-            if coded["module"] == name and name in sys.stdlib_module_names:
-                namespace[name] = importlib.import_module(name)
-        else:
+        is_module = isinstance(coded, dict) and "module" in coded
+        if name == "isclose":
+            namespace[name] = math.isclose
+        elif name in sys.stdlib_module_names and (name in used_as_modules or is_module):
+            namespace[name] = importlib.import_module(name)
+        elif not is_module:
             namespace[name] = decode(coded, kept=line.stand_in)
     for name in _MODULES:
         module = types.ModuleType(name)
-        vars(module).update({key: value for key, value in namespace.items() if key != "__name__"})
+        vars(module).update({key: value for key, value in namespace.items() if not key.startswith("__")})
         sys.modules[name] = module
 
 
-def _run_statements(tests: str, *, namespace: dict[str, Any], tally: _Tally) -> None:
-    """Top-level statements in turn. A failing assertion is counted and the rest still runs; another failure ends it."""
-    for statement in ast.parse(tests).body:
-        code = compile(ast.Module(body=[statement], type_ignores=[]), "<tests>", "exec", dont_inherit=True)
-        run = types.FunctionType(code, namespace)
+def _run_statements(tests: ast.Module, *, namespace: dict[str, Any], asserting: set[str], tally: _Tally) -> None:
+    """Top-level statements in turn. A failing assertion is counted and the rest still runs; another failure ends it.
+    `asserting` names the functions with assertions."""
+    for statement in tests.body:
+        marked = _Marked().visit(ast.Module(body=[statement], type_ignores=[]))
+        run = types.FunctionType(compile(marked, "<tests>", "exec", dont_inherit=True), namespace)
+        label, called = f"line {statement.lineno}", _called_test(statement)
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             run()
-        elif _calls(statement) or any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
-            tally.ran += 1
-            tally.attempt(f"line {statement.lineno}", run)
+        elif isinstance(statement, ast.If) and _asserts(statement):
+            before = tally.reached
+            tally.ran += not tally.attempt(label, run) or tally.reached > before
+        elif called or _asserts(statement):
+            tally.test(label, run, asserts=called in asserting or _asserts(statement))
         else:
             run()
 
 
-def _calls(statement: ast.stmt) -> bool:
-    """Whether it is `check(…)` or `test_…(…)`, a call of what the tests define."""
+def _asserts(statement: ast.stmt) -> bool:
+    return any(isinstance(node, ast.Assert) for node in ast.walk(statement))
+
+
+def _called_test(statement: ast.stmt) -> str:
+    """The name in `check(…)` or `test_…(…)`, a call of what the tests define; empty for any other statement."""
     call = statement.value if isinstance(statement, ast.Expr) else None
-    return (
-        isinstance(call, ast.Call)
-        and isinstance(call.func, ast.Name)
-        and (call.func.id == "check" or call.func.id.startswith("test_"))
-    )
+    name = call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
+    return name if name == "check" or name.startswith("test_") else ""
 
 
-def _run_defined(defined: dict[str, Any], *, entry_point: Any, tally: _Tally) -> None:
-    """Test functions, test cases and `check` that the tests have defined."""
+def _run_defined(defined: dict[str, Any], *, entry_point: Any, asserting: set[str], tally: _Tally) -> None:
+    """Test functions, test cases and `check` that the tests have defined; `asserting` name those with assertions."""
     for name, value in defined.items():
         if isinstance(value, types.FunctionType) and name == "check" and entry_point is not None:
-            tally.ran += 1
-            tally.attempt(name, lambda value=value: value(entry_point))  # type: ignore[misc]
+            tally.test(name, lambda value=value: _called(value, entry_point), asserts=name in asserting)  # type: ignore[misc]
         elif isinstance(value, types.FunctionType) and name.startswith("test_") and not value.__code__.co_argcount:
-            tally.ran += 1
-            tally.attempt(name, value)
+            tally.test(name, lambda value=value: _called(value), asserts=name in asserting)  # type: ignore[misc]
         elif isinstance(value, type) and "unittest" in sys.modules:
             _run_case(value, tally=tally)
+
+
+def _called(function: types.FunctionType, *given: Any) -> None:
+    if function.__code__.co_flags & _NOT_RUN_BY_A_CALL:
+        raise TypeError("a generator or coroutine does not run when it is called")
+    function(*given)
 
 
 def _run_case(case: type, *, tally: _Tally) -> None:
@@ -358,12 +343,16 @@ def _run_case(case: type, *, tally: _Tally) -> None:
     unittest = sys.modules["unittest"]
     if not issubclass(case, unittest.TestCase):
         return
-    suite, result = unittest.TestLoader().loadTestsFromTestCase(case), unittest.TestResult()
-    tally.attempt(case.__name__, lambda: suite.run(result))
+    loader, result = unittest.TestLoader(), unittest.TestResult()
+    tally.attempt(case.__name__, lambda: loader.loadTestsFromTestCase(case).run(result))
     tally.ran += result.testsRun - len(result.skipped)
     for test, trace in (*result.failures, *result.errors):
         tally.problems.append(f"{test.id()}: {trace.strip().splitlines()[-1][:_MOST_WORDS]}")
     tally.problems += [f"{test.id()}: succeeded, not as expected" for test in result.unexpectedSuccesses]
+    for name in () if hasattr(case, "asyncSetUp") else loader.getTestCaseNames(case):
+        code = getattr(getattr(case, name), "__code__", None)
+        if code is not None and code.co_flags & _NOT_RUN_BY_A_CALL:
+            tally.problems.append(f"{name}: a generator or coroutine does not run when it is called")
 
 
 def _words(error: BaseException) -> str:

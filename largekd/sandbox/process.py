@@ -5,6 +5,7 @@ import json
 import math
 import os
 import platform
+import re
 import selectors
 import signal
 import subprocess
@@ -30,6 +31,10 @@ _DESCRIPTORS = 64
 _TASKS_OF_PROCESS_1 = 2
 _STACK_BYTES = 8 << 20
 _PAGE = 4096
+# A file in memory without content: inode and name.
+_INODE_BYTES = 1200
+# The name of a process, which it chooses itself, has no line break in this file.
+_OWN_MEMORY = re.compile(r"^(?:RssAnon|RssShmem|VmSwap):\s+(\d+) kB$", re.MULTILINE)
 
 Stop = Literal["wall", "cpu", "memory", "output"]
 
@@ -100,6 +105,7 @@ class _Started:
         self.pid = 0
         self.pidfd = -1
         self.waited_for = False
+        self.room_bytes = 0
 
     def start(
         self, command: list[str], *, stdin: int, passed: tuple[int, ...], room_bytes: int
@@ -113,6 +119,7 @@ class _Started:
             self.pid = process.pid
             self._hold(os.pidfd_open(process.pid))
             return process
+        self.room_bytes = room_bytes
         info, go = _pipe(self.held), _pipe(self.held)
         seccomp = self.held.enter_context(_readable(seccomp_program(platform.machine())))
         channels = Channels(seccomp=seccomp, info=info.write.fileno(), go=go.read.fileno())
@@ -169,31 +176,51 @@ class _Started:
 
     def usage(self) -> Usage:
         """What all processes of the sandbox have used up to now."""
-        cpu_s, memory_bytes = 0.0, 0
+        cpu_s, memory_bytes = 0.0, self._bytes_of_files()
         try:
             first = psutil.Process(self.pid)
             processes = (first, *first.children(recursive=True))
-            for one in processes:
-                # A process that ended meanwhile, or was not looked at, is in the figures of the next look.
-                with suppress(psutil.Error), one.oneshot():
-                    times, memory = one.cpu_times(), one.memory_info()
-                    cpu_s += times.user + times.system + times.children_user + times.children_system
-                    memory_bytes += memory.rss - memory.shared
-            if memory_bytes > self.config.memory_bytes and len(processes) > 1:
-                # Pages that forked processes still share were counted for each.
-                memory_bytes = sum(_proportional_bytes(one) for one in processes)
         except psutil.Error:
             # The first is gone, and all others with it.
-            return Usage(cpu_s=cpu_s, memory_bytes=memory_bytes)
-        return Usage(cpu_s=cpu_s, memory_bytes=memory_bytes)
+            return Usage(cpu_s=0.0, memory_bytes=0)
+        for one in processes:
+            # A process that ended meanwhile, or was not looked at, is in the figures of the next look.
+            with suppress(psutil.Error):
+                times = one.cpu_times()
+                cpu_s += times.user + times.system + times.children_user + times.children_system
+        own_bytes = sum(_own_bytes(one.pid) for one in processes)
+        if memory_bytes + own_bytes > self.config.memory_bytes and len(processes) > 1:
+            # Pages that forked processes still share were counted for each.
+            own_bytes = sum(_proportional_bytes(one) for one in processes)
+        return Usage(cpu_s=cpu_s, memory_bytes=memory_bytes + own_bytes)
+
+    def _bytes_of_files(self) -> int:
+        """Kernel memory of the scratch folder's files themselves, which its quota does not count."""
+        try:
+            found = os.statvfs(Path("/proc", str(self.pid), "root", "tmp"))
+        except OSError:
+            return 0
+        # Until bubblewrap has made the folder, this is the host's own.
+        is_scratch = self.room_bytes and found.f_blocks == -(-self.room_bytes // found.f_frsize)
+        return (found.f_files - found.f_ffree) * _INODE_BYTES if is_scratch else 0
+
+
+def _own_bytes(pid: int) -> int:
+    """Memory of a process that is no file's, also what the kernel has moved to disk; 0 if it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return 0
+    return 1024 * sum(map(int, _OWN_MEMORY.findall(status)))
 
 
 def _proportional_bytes(process: psutil.Process) -> int:
-    """Proportional set size; 0 for a process that has ended."""
+    """Proportional set size and swap; 0 for a process that has ended."""
     try:
-        return int(process.memory_full_info().pss)
+        memory = process.memory_full_info()
     except psutil.Error:
         return 0
+    return int(memory.pss + memory.swap)
 
 
 def _watched(process: "subprocess.Popen[bytes]", *, started: _Started, report: int, config: SandboxConfig) -> Ended:

@@ -5,24 +5,50 @@ Made by hand rather than by bindings of libseccomp: forty lines of arithmetic ag
 
 import errno
 import struct
+from typing import NamedTuple
 
 from largekd.sandbox.syscalls import ARCHITECTURES, allowed_calls
 
 # linux/bpf_common.h and linux/seccomp.h
-_LOAD, _EQUAL, _AT_LEAST, _ABOVE, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x25, 0x45, 0x06
+_LOAD, _AND, _EQUAL, _AT_LEAST, _ABOVE, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x25, 0x06
 _ALLOW, _ERRNO, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 # struct seccomp_data: nr, arch, instruction pointer, six arguments of 64 bits (little-endian)
 _NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENT_AT = 0, 4, 16
+_ALL_BITS = 0xFFFFFFFF
 _NEW_NAMESPACES = 0x7E020000
 _AF_UNIX = 1
+_SHARED_AND_ANONYMOUS = 0x21
+
+
+class _Rule(NamedTuple):
+    """What an argument must be for a call to pass: `argument & mask` is `value`, or is not; else `refusal`."""
+
+    call: str
+    argument: int
+    mask: int
+    value: int
+    is_value: bool
+    refusal: int
+
+
+_RULES = (
+    _Rule("clone", 0, _NEW_NAMESPACES, 0, True, errno.EPERM),
+    # A network namespace does not hold back all families, such as AF_VSOCK to a virtual machine's host.
+    _Rule("socket", 0, _ALL_BITS, _AF_UNIX, True, errno.EAFNOSUPPORT),
+    _Rule("socketpair", 0, _ALL_BITS, _AF_UNIX, True, errno.EAFNOSUPPORT),
+    # Such pages stay when nobody maps them any more, so that they are in no process's memory.
+    _Rule("mmap", 3, _SHARED_AND_ANONYMOUS, _SHARED_AND_ANONYMOUS, False, errno.EPERM),
+    # Limits of oneself alone: process 1 has the same user.
+    _Rule("prlimit64", 0, _ALL_BITS, 0, True, errno.EPERM),
+)
 
 
 def seccomp_program(machine: str) -> bytes:
     """An array of struct sock_filter that allows the calls of `syscalls.py` and answers every other with ENOSYS.
 
-    clone with a flag for a new namespace is refused with EPERM, a socket of any family but AF_UNIX with EAFNOSUPPORT: a
-    network namespace does not hold back all of them, such as AF_VSOCK to a virtual machine's host. Calls of another
-    processor's or the x32 interface kill.
+    Refused by argument: clone with a flag for a new namespace, mmap of shared anonymous memory, prlimit64 of another
+    process (EPERM), a socket of any family but AF_UNIX (EAFNOSUPPORT). Calls of another processor's or the x32
+    interface kill.
     """
     calls = allowed_calls(machine)
     filters = [
@@ -31,9 +57,8 @@ def seccomp_program(machine: str) -> bytes:
         (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER_AT),
     ]
-    filters += _argument_rule(calls.pop("clone"), test=(_ANY_BIT, 1, 0, _NEW_NAMESPACES), refusal=errno.EPERM)
-    for name in ("socket", "socketpair"):
-        filters += _argument_rule(calls.pop(name), test=(_EQUAL, 0, 1, _AF_UNIX), refusal=errno.EAFNOSUPPORT)
+    for rule in _RULES:
+        filters += _by_argument(rule, number=calls.pop(rule.call))
     for first, last in _ranges(sorted(calls.values())):
         filters += [
             (_AT_LEAST, 1, 0, first),
@@ -46,14 +71,15 @@ def seccomp_program(machine: str) -> bytes:
     return b"".join(struct.pack("<HBBI", *one) for one in filters)
 
 
-def _argument_rule(number: int, *, test: tuple[int, int, int, int], refusal: int) -> list[tuple[int, int, int, int]]:
-    """If the call is `number`: allow or refuse by the low half of its first argument; `test` jumps by 1 to refuse."""
+def _by_argument(rule: _Rule, *, number: int) -> list[tuple[int, int, int, int]]:
+    """If the call is `number`: allow or refuse by the low half of an argument, which is all that these calls read."""
     return [
-        (_EQUAL, 0, 4, number),
-        (_LOAD, 0, 0, _ARGUMENT_AT),
-        test,
+        (_EQUAL, 0, 5, number),
+        (_LOAD, 0, 0, _ARGUMENT_AT + 8 * rule.argument),
+        (_AND, 0, 0, rule.mask),
+        (_EQUAL, int(not rule.is_value), int(rule.is_value), rule.value),
         (_RETURN, 0, 0, _ALLOW),
-        (_RETURN, 0, 0, _ERRNO | refusal),
+        (_RETURN, 0, 0, _ERRNO | rule.refusal),
     ]
 
 

@@ -20,6 +20,9 @@ from largekd.sandbox.programs import (
     started,
 )
 
+NO_TEST = "the tests hold no test"
+"""The only problem where nothing was tested, which says nothing of the program."""
+
 
 @dataclass(frozen=True)
 class Judgement:
@@ -32,8 +35,9 @@ class Judgement:
 
 
 @cache
-def _judge_source() -> bytes:
-    return Path(__file__).with_name("judge.py").read_bytes()
+def _judge_sources() -> tuple[bytes, bytes]:
+    values, judge = (Path(__file__).with_name(name).read_bytes() for name in ("plain_values.py", "judge.py"))
+    return values, judge
 
 
 def run_tests(
@@ -50,7 +54,8 @@ def run_tests(
     Guaranteed in the isolation `namespaces`: the program cannot make a test pass but by the plain values it returns,
     for tests run in a process of their own on values rebuilt from built-in types (see `judge.py`). It sees neither the
     tests nor what is expected. Printing, exiting and replacing built-ins do nothing for it. Names that the tests use
-    but neither define nor import are the program's, so tests import what they compare with (`isclose`). With
+    but neither define nor import are the program's, but for `isclose` and modules of the standard library; so tests
+    import whatever else they compare with. A loop over nothing, in which no assertion is reached, does not pass. With
     `limits_only` it can signal the judge and read its memory, and nothing is guaranteed.
     """
     check_isolation(config)
@@ -58,7 +63,7 @@ def run_tests(
         program=encoded(code),
         mode="tests",
         files=checked_files(files),
-        more=(_judge_source(), encoded(entry_point), encoded(tests)),
+        more=(*_judge_sources(), encoded(entry_point), encoded(tests)),
     )
     ended = started(request, config=config)
     found = None if ended.stopped else _reported(ended.report)
@@ -76,7 +81,7 @@ def run_tests(
         cpu_s=max(cpu_s, ended.cpu_s),
     )
     if not passed and not problems:
-        problems = ("the tests hold no test",)
+        problems = (NO_TEST,)
     return Judgement(passed=passed, ran=ran, problems=problems, program=program)
 
 

@@ -57,6 +57,21 @@ def test_a_share_may_be_allowed_and_columns_chosen(tmp_path: Path) -> None:
         build(tmp_path, columns=("source",))
 
 
+def test_short_questions_count_as_a_whole_with_their_signs(tmp_path: Path) -> None:
+    (tmp_path / "sums.jsonl").write_text(json.dumps({"question": "What is 12 + 30?", "answer": "42"}))
+    sets = (str(tmp_path / "sums.jsonl"),)
+    judging = ContaminationFilter(ContaminationFilterConfig(kind="contamination", sets=sets, max_share=0.5))
+    asked = ["what is 12 + 30", "What is 12 - 30?", "What is 12 + 31?", "42"]
+    judged = [judging.judge([curated("It is a number.", question=question)])[0] for question in asked]
+    assert [one.refused for one in judged] == ["sums", None, None, None]
+    assert judging.summary() == {"sums": {"texts": 0, "too_short": 2, "overlapping": 1}}
+
+
+def test_characters_that_nobody_sees_hide_nothing(tmp_path: Path) -> None:
+    hidden = TEST_QUESTION.replace("a", "a\u200b").replace("s", "s\u00ad")
+    assert build(tmp_path).judge([curated(hidden)])[0].refused == "bench"
+
+
 def test_text_files_and_arrays_are_read(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").write_text(f"{SHORT}\n\n{TEST_QUESTION}\n")
     (tmp_path / "array.json").write_text(json.dumps([{"any": TEST_QUESTION}]))

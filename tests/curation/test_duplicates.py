@@ -73,6 +73,12 @@ def test_unrelated_texts_are_kept() -> None:
     assert judging.summary() == {"distinct": 300}
 
 
+def test_texts_without_words_resemble_nothing() -> None:
+    judging = DuplicateFilter(config(field="answer"))
+    judged = [judging.judge([curated(text, row=text)])[0].refused for text in ("!!!", "→", "→", "a word")]
+    assert judged == [None, None, "exact", None]
+
+
 def test_exact_duplicates_whatever_case_and_space() -> None:
     judging = DuplicateFilter(config(threshold=1, field="answer"))
     group = [curated("The  Answer\nis 4.", row="a"), curated("the answer is 4.", row="a", sample=1)]

@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from largekd.curation.equality import choice, exact, folded, letter_of, numeric, options_of, symbolic
+from largekd.curation.equality import Options, choice, exact, folded, letter_of, numeric, options_of, symbolic
 from largekd.curation.mathematics import WORKER, Mathematics, latex_of
+from largekd.curation.wording import formed_apart, worded_apart
 from largekd.errors import DataError
 
 
@@ -22,6 +25,9 @@ def test_text() -> None:
     assert exact("East", r"\text{ east }").same
     assert exact("it's", "It’s!").same
     assert not exact("east", "west").same
+    assert not exact("!", ".").same, "nothing is left of either"
+    assert not exact("x'", "x").same
+    assert exact("'x'", "x").same
 
 
 @pytest.mark.parametrize(
@@ -35,6 +41,16 @@ def test_text() -> None:
         ("5", "5 km", True),
         ("2 hours", "120 minutes", True), ("90 km/h", "25 m/s", True), ("12 m^2", "12 square meters", True),
         ("12 m^2", "12 m", False), ("0.333333", "1/3", False), ("0.3333333", "1/3", True), ("0", "0.0000001", True),
+        ("1", "1%", False), ("1", "100%", True), ("-5", "minus 5", True), ("60 eggs", "5 dozen eggs", True),
+        ("50 cents", "$0.50", True), ("$5", "5 cents", False), ("$5", "€5", False), ("£5", "5 pounds", True),
+        ("5 euros", "5 dollars", False), ("12 inches", "12 feet tall", False), ("12 m^2", r"12\text{ m}^2", True),
+        ("5 cm^2", r"5\text{ cm}", False), ("5 km", "5 in total", True), ("x=5", "y=5", False), ("5", "y = 5", True),
+        ("20% increase", "20% decrease", False), ("1 am", "1 p.m.", False), ("gain of $5", "loss of $5", False),
+        ("5", "not 5", None), ("5", "It isn't 5", None), ("5", "less than 5", None), ("5", "at least 5", None),
+        ("5", "5 or more", None), ("5", "half of 5", None), ("5", "5 squared", None), ("5", "over 5", None),
+        ("5", "twice $5", None), ("5", "She needs 5 more apples", True), ("5", "He ran 5 times", True),
+        ("5", r"x \ge 5", None), ("5", "x ≥ 5", None), ("5", r"\pm 5", None), ("5", "± 5", None), ("5", "5M", None),
+        ("5 R2", "5 R3", None), ("52", "52_8", None), ("5", "5...", None), ("5", "5 M", None),
         ("0", "0.1", False), ("5", "five or six", None), ("5", "5 or 6", None), ("5", "x+5", None), ("five", "5", None),
     ],
 )  # fmt: skip
@@ -42,9 +58,29 @@ def test_numbers_with_units_and_percent(gold: str, answer: str, same: bool | Non
     assert numeric(gold, answer, tolerance=1e-6).same is same
 
 
+PIECES = "5 1/2 50% -3 x = ≥ \\pm \\text{ } cents $ km not at least dozen am (A) B. _2 ! , { \\{ \ud800"
+WORDED = st.lists(st.sampled_from(PIECES.split()), max_size=6).map(" ".join)
+
+
+@given(gold=WORDED, answer=st.one_of(WORDED, st.text(max_size=30)))
+@settings(max_examples=300, deadline=None)
+def test_comparing_never_raises_and_finds_nothing_unequal_to_itself(gold: str, answer: str) -> None:
+    numeric(gold, answer, tolerance=1e-6)
+    worded_apart(gold, answer)
+    formed_apart(gold, answer)
+    choice(gold, answer, options=Options(("x", answer), ("1", "2")))
+    assert numeric(answer, answer, tolerance=1e-6).same is not False
+    assert worded_apart(answer, answer) is None
+    for changed in (f"not {answer}", f"{answer} or more"):
+        assert "5" not in answer or numeric("5", changed, tolerance=1e-6).same is not True
+
+
 def test_tolerance_is_relative() -> None:
     assert numeric("1000000", "1000100", tolerance=1e-3).same
     assert not numeric("1", "1.01", tolerance=1e-3).same
+    assert not numeric("123456789", "123456788", tolerance=1e-6).same, "nothing was rounded"
+    assert numeric("123456789", "1.234568e8", tolerance=1e-5).same
+    assert numeric("12345678.9", "12345679", tolerance=1e-6).same
     assert numeric("1/3", "1/3", tolerance=0.0).same
 
 
@@ -62,6 +98,11 @@ def test_tolerance_is_relative() -> None:
         ("x > 3", "x < 3", False), (r"2\pi", "2π", True), (r"2\pi", "2*pi", True), (r"2\pi", "6.28", False),
         ("3+4i", "4i+3", True), ("3+4i", "3-4i", False), (r"\text{east}", "East", True),
         (r"\text{east}", "west", False),
+        ("5", r"x \ge 5", False), (r"x \ne 5", "5", False), (r"x \ne 5", "x = 5", False), ("x ≥ 5", "5", False),
+        (r"x \ge 5", r"[5, \infty)", True), (r"\pm 5", "5", False), (r"\pm 5", "5, -5", True), ("10_3", "10_4", False),
+        ("52", "52_8", None), ("52_8", "52", True), ("(1,2)", r"\{1,2\}", None), ("x=1,y=2", "2,1", None),
+        ("cat", "act", None), ("cat", "dog", False), ("5!", "5", False), ("5", "5!", True), ("5", r"5\text{0}", None),
+        ("5", r"\text{not }5", None), (r"5\text{ cents}", r"\$5", False),
         ("50\\%", "0.5", True), (r"90^\circ", "90", True), (r"\log_2 8", "3", True), ("5!", "120", True),
         ("2^{-1}", "0.5", True),
         (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", True),
@@ -139,16 +180,29 @@ def test_a_process_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_choices() -> None:
-    options = ("Paris", "Rome", "a dog")
-    assert [
-        letter_of(text, options=options) for text in ("B", "(b)", "B. Rome", "rome", "option B", "**B**", "a dog")
-    ] == [*("B", "B", "B", "B", "B", "B", "C")]
-    assert [letter_of(text, options=options) for text in ("a cat", "Berlin", "E", "")] == [None] * 4
+    options = Options(("Paris", "Rome", "a dog"))
+    rome = ("B", "(b)", "B. Rome", "rome", "option B", "**B**", r"\text{B}", r"\textbf{(B)}", "$B$")
+    assert {letter_of(text, options=options) for text in rome} == {"B"}
+    assert letter_of("a dog", options=options) == "C"
+    several = ("(A) or (B)", "(A)(B)", "A) and B)", "A. Paris B. Rome", "**A** and **B**", "B.C")
+    denied = ("(B) is wrong", "B. This isn't it")
+    for text in ("a cat", "Berlin", "E", "", "B) Paris", *several, *denied):
+        assert letter_of(text, options=options) is None, text
     assert choice("B", "(B) Rome", options=options).same is True
     assert choice("Rome", "B", options=options).same is True
     assert choice("1", "B", options=options).same is True, "a place from 0"
     assert choice("A", "B", options=options).same is False
     assert choice("B", "none of these", options=options).same is None
-    assert options_of({"choices": {"text": ["x", "y"], "label": ["A", "B"]}}) == ("x", "y")
-    assert options_of({"options": {"B": "y", "A": "x"}}) == ("x", "y")
-    assert options_of({"options": "abc"}) == ()
+    assert options_of({"options": {"B": "y", "A": "x"}}) == (("x", "y"), ("A", "B"))
+    assert options_of({"options": "abc"}) == ((), ())
+
+
+def test_choices_by_the_labels_of_a_data_set() -> None:
+    numbered = options_of({"choices": {"text": ["x", "y", "z"], "label": ["1", "2", "3"]}})
+    assert choice("1", "A", options=numbered).same is True, "a label, not a place from 0"
+    assert choice("1", "B", options=numbered).same is False
+    assert choice("2", "(2)", options=numbered).same is True
+    turned = options_of({"choices": {"text": ["x", "y"], "label": ["B", "A"]}})
+    assert choice("A", "y", options=turned).same is True
+    clash = options_of({"choices": {"text": ["3", "1"], "label": ["1", "2"]}})
+    assert choice("1", "A", options=clash).same is None, "a label and another option's text"

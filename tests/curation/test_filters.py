@@ -69,6 +69,13 @@ def test_repetition_is_counted_and_each_limit_is_named() -> None:
     assert judge("") == ({"ngram_share": 0.0, "line_share": 0.0, "unique_words": 1.0}, None)
 
 
+@pytest.mark.parametrize("text", ["!" * 500, "a" * 500, "abc" * 300, "\u2026 " * 300])
+def test_texts_of_hardly_any_words_are_counted_by_characters(text: str) -> None:
+    judging = repetition_filter(RepetitionFilterConfig(kind="repetition"))
+    assert judging.judge([curated(text)])[0].refused == "max_ngram_share"
+    assert judging.judge([curated(f"See {'x' * 60} for the proof of it all.")])[0].refused is None
+
+
 def test_language_is_that_of_the_prose() -> None:
     judging = language_filter(LanguageFilterConfig(kind="language", languages=("en",), min_probability=0.5))
     english = "First we add the apples and the pears, then we divide them among the children."

@@ -72,7 +72,7 @@ def test_a_cut_text_keeps_no_more_than_it_shows(text: str, cut: int) -> None:
     assert found.problem is not None
     if found.answer is not None:
         # Something stands behind the answer, so that more tokens could not have made it longer.
-        assert head.rindex(found.answer) + len(found.answer) < len(head)
+        assert head.index(found.answer) + len(found.answer) < len(head)
     if found.program is not None:
         assert "```" in head[head.index(found.program) + len(found.program) :]
 
@@ -118,6 +118,19 @@ def test_spans_of_texts() -> None:
     ]
 
 
+def test_spans_are_where_the_part_stands_and_not_where_its_characters_do() -> None:
+    thinking = "<think>First \\boxed{18}, no: \\boxed{8}.</think>\nThe answer is 8."
+    (_, answer) = spans_of(parsed(thinking), thinking)
+    assert answer == {"name": "answer", "start": len(thinking) - 2, "end": len(thinking) - 1}
+    other = "In box \\boxed{18} there are\nAnswer: 8\nmore"
+    assert spans_of(parsed(other, format="answer_line"), other)[-1]["start"] == other.index("8\nmore")
+    named_again = "Run:\n```python\nprint(4)\n```\nHere print(4) gives 4."
+    (program,) = [span for span in spans_of(parsed(named_again), named_again) if span["name"] == "program"]
+    assert program["start"] == named_again.index("print(4)")
+    tag = "<think>i</think>\n#### 4"
+    assert spans_of(parsed(tag), tag)[0] == {"name": "reasoning", "start": 7, "end": 8}
+
+
 def test_spans_of_a_message_made_of_parts() -> None:
     found = parsed("<think>4 + 4 is 8</think>\n\\boxed{8}")
     message = "Answer: 8"
@@ -128,10 +141,23 @@ def test_spans_of_a_message_made_of_parts() -> None:
 
 def test_long_and_hostile_texts_take_linear_time() -> None:
     marks = ["\\boxed{", "<think>", "**", "```python\n", '"answer": "', "1. ", "answer is ", "{", "$", "####", " "]
-    for piece in (*marks, "<answer>", "Answer:\n\n", "Answer: not " + "word " * 13 + "\n", "\\(", "' "):
+    marks += [
+        "<answer>",
+        "Answer:\n\n",
+        "Answer: not " + "word " * 13 + "\n",
+        "\\(",
+        "' ",
+        "Answer:",
+        "so: ",
+        "\\boxed{5},",
+    ]
+    for piece in marks:
         found = parsed(piece * 20_000, finish="length")
         assert found.problem is not None
         assert found.problem.startswith((CUT_OFF, "nothing"))
+    announced = parsed("so " * 100_000 + "\n#### 5")
+    assert announced.answer == "5"
+    assert spans_of(announced, "Answer: **" * 10_000 + "5") == [{"name": "answer", "start": 100_000, "end": 100_001}]
     spaces = " " * 100_000
     for text in (
         "Answer" + spaces,

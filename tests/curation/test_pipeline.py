@@ -1,6 +1,8 @@
 """From raw answers to a data set: what is in it, what is told, and that it is the same whenever it is made."""
 
 import json
+import os
+import signal
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -257,6 +259,34 @@ def test_a_failure_leaves_the_former_data(tmp_path: Path) -> None:
         run(job, config())
     assert contents(job) == before
     assert sorted(path.name for path in job.iterdir()) == ["data", "job.json", "raw"]
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_a_killed_curation_leaves_no_half_data_set(tmp_path: Path, former: bool) -> None:
+    class Killing(MarkExaminer):
+        left = 5
+
+        def spans(self, parsed: Parsed, text: str) -> list[Any]:
+            self.left -= 1
+            if not self.left:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().spans(parsed, text)
+
+    job = write_job(tmp_path / "job", shards=[answers()])
+    if former:
+        run(job, config())
+    before = contents(job) if former else {}
+    child = os.fork()
+    if child == 0:
+        try:
+            curate(job, config=config(dataset={"seed": 1}), examiner=Killing())
+        finally:
+            os._exit(1)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert (job / "data").exists() is former
+    assert not former or contents(job) == before
+    run(job, config())
+    assert sorted(path.name for path in job.iterdir()) == ["data", "raw"], "nothing is left of the killed one"
 
 
 def test_a_folder_without_answers_is_refused(tmp_path: Path) -> None:

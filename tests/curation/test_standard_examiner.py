@@ -83,7 +83,8 @@ def test_unit_tests_decide() -> None:
     right, wrong = "def double(x):\n    return 2 * x", "def double(x):\n    return x + 3"
     answers = [asked(right, 0), asked(wrong, 1), asked(right, 2)]
     answers += [Answer(answers[0].ask, answer("No program here.").written), asked(right, 0, tests=None)]
-    assert outcomes(answers, kind="tests") == ["right", "wrong", "right", "unknown", "unknown"]
+    answers.append(asked(right, 0, tests="if __name__ == '__main__':\n    assert double(4) == 8"))
+    assert outcomes(answers, kind="tests") == ["right", "wrong", "right", *["unknown"] * 3], "the last tests nothing"
 
 
 def job_folder(tmp_path: Path, **curation: Any) -> Path:

@@ -140,6 +140,24 @@ def test_forked_processes_that_share_their_memory_are_not_a_bomb(config: Sandbox
     assert result.status == "ok"
 
 
+def test_shared_memory_that_belongs_to_no_process(config: SandboxConfig) -> None:
+    # Pages of such a mapping outlive MADV_DONTNEED without being in anybody's memory.
+    assert refused("import mmap\nmmap.mmap(-1, 4096)", config=config) == "EPERM"
+    assert refused("import mmap\nmmap.mmap(os.open('/dev/zero', os.O_RDWR), 4096)", config=config) == "ENOENT"
+    private = "import mmap\nprint(len(mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)))"
+    assert attack(private, config=config).stdout == "4096\n"
+
+
+def test_files_without_content_are_memory(config: SandboxConfig) -> None:
+    code = """
+    import os, time
+    for number in range(30_000):
+        os.close(os.open(str(number), os.O_CREAT))
+    time.sleep(1000)
+    """
+    assert attack(code, config=config, memory_bytes=30_000_000).status == "memory_limit"
+
+
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_endless_output(config: SandboxConfig, stream: str) -> None:
     result = attack(f"import sys\nwhile True: print('x' * 1000, file=sys.{stream})", config=config, output_bytes=5000)
@@ -263,7 +281,6 @@ def test_the_tree_is_libraries_and_a_scratch_folder(config: SandboxConfig) -> No
         "tmp",
         "usr",
         "null",
-        "zero",
         "random",
         "urandom",
         "shm",
@@ -345,6 +362,13 @@ def syscall(name: str, number: int, arguments: str, *, config: SandboxConfig) ->
 )
 def test_calls_that_programs_have_no_use_for(config: SandboxConfig, name: str, number: int, arguments: str) -> None:
     assert syscall(name, number, arguments, config=config) == "ENOSYS"
+
+
+def test_limits_of_process_1_cannot_be_changed(config: SandboxConfig) -> None:
+    # RLIMIT_NOFILE of process 1, which has the same user; one's own can be lowered.
+    assert syscall("prlimit64 of process 1", 302, "1, 7, (ctypes.c_ulonglong * 2)(9, 9), 0", config=config) == "EPERM"
+    code = "import resource as r\nr.setrlimit(r.RLIMIT_NOFILE, (9, 9))\nprint(r.getrlimit(r.RLIMIT_NOFILE))"
+    assert attack(code, config=config).stdout == "(9, 9)\n"
 
 
 def test_a_new_user_namespace_by_clone(config: SandboxConfig) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from largekd.config.sandbox import SandboxConfig
 from largekd.errors import DataError
-from largekd.sandbox import judge
+from largekd.sandbox import plain_values
 from largekd.sandbox.unit_tests import Judgement, run_output_tests, run_tests
 
 ADD = "import math\ndef add(a, b):\n    return a + b\n"
@@ -40,6 +40,9 @@ def judged(code: str, tests: str, *, entry_point: str = "", cpu_s: float = 5.0) 
         (ADD, "assert add(1, 2) == 3\nassert add('a', 'b') == 'ab'", "", 2),
         (ADD, "for n in range(5):\n    assert add(n, n) == 2 * n", "", 1),
         (ADD, "assert math.isclose(add(0.1, 0.2), 0.3)", "", 1),
+        ("from math import isclose\n" + ADD, "assert isclose(add(0.1, 0.2), 0.3)", "", 1),
+        (ADD, "try:\n    add(1, 'a')\n    assert False\nexcept TypeError:\n    pass", "", 1),
+        (ADD, "if add(1, 2) == 3:\n    assert add(1, 1) == 2\nif __name__ == '__main__':\n    assert False", "", 1),
         (ADD, "def check(candidate):\n    assert candidate(1, 2) == 3\n", "add", 1),
         (ADD, "def check(candidate):\n    assert candidate(1, 2) == 3\n\ncheck(add)", "", 1),
         (ADD, "def test_add():\n    assert add(a=1, b=2) == 3", "", 1),
@@ -70,6 +73,23 @@ def test_right_programs_pass(code: str, tests: str, entry_point: str, ran: int) 
         (ADD, "x = add(1, 2)", "no test"),
         (ADD, "def check(candidate):\n    assert candidate(1, 2) == 3", "no test"),
         ("def f(:", "assert True", "ended before"),
+        # Nothing was compared.
+        ("def f(x): return []", "for found, wanted in zip(f(1), [2]):\n    assert found == wanted", "no assertion was"),
+        ("def f(x): return []", "def test_f():\n    for one in f(1):\n        assert one == 2", "no assertion was"),
+        (
+            "def f(x): return []",
+            "def check(c):\n    for one in c(1):\n        assert one == 2\n\ncheck(f)",
+            "no assertion",
+        ),
+        ("def f(x): return 0", "if __name__ == '__main__':\n    assert f(1) == 2", "no test"),
+        ("def f(x): return 0", "async def test_f():\n    assert f(1) == 2", "does not run when it is called"),
+        ("def f(x): return 0", "def test_f():\n    assert f(1) == 2\n    yield", "does not run when it is called"),
+        (
+            "def f(x): return 0",
+            "import unittest\nclass T(unittest.TestCase):\n    async def test_f(self):\n"
+            "        self.assertEqual(f(1), 2)",
+            "does not run when it is called",
+        ),
     ],
 )
 def test_wrong_programs_and_tests_fail(code: str, tests: str, problem: str) -> None:
@@ -176,6 +196,19 @@ def test_no_program_passes_without_being_right(how: str) -> None:
 
 
 @pytest.mark.usefixtures("unharmed")
+@pytest.mark.parametrize("test", ["assert math.isclose(f(1), 31337)", "assert isclose(f(1), 31337)"])
+def test_no_program_brings_its_own_comparison(test: str) -> None:
+    code = """
+        class math: isclose = staticmethod(lambda *_, **__: True)
+        def isclose(*_, **__): return True
+        def f(x): return 0
+    """
+    result = judged(textwrap.dedent(code), test)
+    assert not result.passed
+    assert "AssertionError" in str(result.problems)
+
+
+@pytest.mark.usefixtures("unharmed")
 def test_a_test_cannot_take_a_programs_end_for_an_expected_error() -> None:
     tests = "try:\n    f(1)\nexcept Exception:\n    pass\nassert True"
     assert not judged("import os\ndef f(x): os._exit(0)", tests).passed
@@ -221,12 +254,12 @@ def test_only_plain_values_are_decoded() -> None:
 
     for value in ([], 5, {"int": "1", "float": "x"}, {"eval": "1"}, {"list": [{"object": 0}]}, {"int": "import os"}):
         with pytest.raises(ValueError):
-            judge.decode(value, kept=refuse)
+            plain_values.decode(value, kept=refuse)
 
 
 def test_subclasses_arrive_as_their_plain_base() -> None:
     class Number(int):
         pass
 
-    found = judge.decode(judge.encode([Number(3), True], keep=repr), kept=repr)
+    found = plain_values.decode(plain_values.encode([Number(3), True], keep=repr), kept=repr)
     assert (found, [type(one) for one in found]) == ([3, True], [int, bool])

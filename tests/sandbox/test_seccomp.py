@@ -17,10 +17,13 @@ HEADERS = {
 }
 
 
-def run_filter(machine: str, *, number: int, first_argument: int = 0, architecture: int | None = None) -> int:
+def run_filter(
+    machine: str, *, number: int, first_argument: int = 0, flags: int = 0, architecture: int | None = None
+) -> int:
     """What the filter returns for a call: classic BPF as of the kernel's documentation."""
     filters = list(struct.iter_unpack("<HBBI", seccomp_program(machine)))
-    data = struct.pack("<IIQQ", number, architecture or ARCHITECTURES[machine], 0, first_argument)
+    arguments = (first_argument, 0, 0, flags, 0, 0)
+    data = struct.pack("<IIQ6Q", number, architecture or ARCHITECTURES[machine], 0, *arguments)
     accumulator, position = 0, 0
     while True:
         code, if_true, if_false, constant = filters[position]
@@ -29,15 +32,16 @@ def run_filter(machine: str, *, number: int, first_argument: int = 0, architectu
             return constant
         if code == 0x20:
             (accumulator,) = struct.unpack_from("<I", data, constant)
+        elif code == 0x54:
+            accumulator &= constant
         else:
             compare = {0x15: accumulator == constant, 0x35: accumulator >= constant, 0x25: accumulator > constant}
-            holds = bool(accumulator & constant) if code == 0x45 else compare[code]
-            position += if_true if holds else if_false
+            position += if_true if compare[code] else if_false
 
 
 @pytest.mark.parametrize("machine", ARCHITECTURES)
 def test_exactly_the_listed_calls_pass(machine: str) -> None:
-    by_argument = {"clone", "socket", "socketpair"}
+    by_argument = {"clone", "socket", "socketpair", "mmap", "prlimit64"}
     listed = {number for name, number in allowed_calls(machine).items() if name not in by_argument}
     special = {allowed_calls(machine)[name] for name in by_argument}
     for number in range(600):
@@ -57,6 +61,17 @@ def test_calls_that_depend_on_their_argument(machine: str) -> None:
         wanted = ALLOW if family == 1 else 0x50000 | errno.EAFNOSUPPORT
         assert run_filter(machine, number=calls["socket"], first_argument=family) == wanted
         assert run_filter(machine, number=calls["socketpair"], first_argument=family) == wanted
+    for flags, wanted in (
+        (0x22, ALLOW),
+        (0x01, ALLOW),
+        (0x03, ALLOW),
+        (0x21, 0x50001),
+        (0x23, 0x50001),
+        (0x8021, 0x50001),
+    ):
+        assert run_filter(machine, number=calls["mmap"], flags=flags) == wanted, hex(flags)
+    assert run_filter(machine, number=calls["prlimit64"], first_argument=0) == ALLOW
+    assert run_filter(machine, number=calls["prlimit64"], first_argument=1) == 0x50000 | errno.EPERM
 
 
 def test_calls_of_other_interfaces_kill() -> None:
