@@ -24,6 +24,7 @@ from largekd.errors import DataError
 Message = dict[str, Any]
 GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 END_OF_THOUGHT = "</think>"
+WEIGHT = "weight"
 UNALIGNED = (
     "the chat template renders the conversation before assistant message {index} differently from the whole "
     "conversation, so its answer cannot be located: mark answers with {{% generation %}} in a template file "
@@ -65,7 +66,10 @@ class Conversation(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """Turns one conversation into ids and a mask; `loss_on` says which tokens carry the loss."""
+    """Turns one conversation into ids and a mask; `loss_on` says which tokens carry the loss.
+
+    With `assistant`, an assistant message with `weight` 0 (a draft that a later one corrects) is read and not learnt.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
@@ -85,6 +89,8 @@ class ChatEncoder:
     def read(self, messages: Any, *, locate: bool = False) -> Conversation:
         """As `encode`, with the text; `locate`: find the answers even where all tokens are learnt."""
         checked = check_messages(messages)
+        is_learnt = [_is_learnt(message) for message in checked if message["role"] == "assistant"]
+        checked = [{name: value for name, value in message.items() if name != WEIGHT} for message in checked]
         text = self._render(checked)
         ids, offsets = self._tokenize(text)
         answered = any(message["role"] == "assistant" for message in checked)
@@ -95,7 +101,11 @@ class ChatEncoder:
             raise UnusableRecordError("has no assistant message, so no token to learn (loss_on: assistant)")
         mask = np.zeros(len(ids), np.uint8)
         answers = self._answers(checked, text=text)
-        for span in answers:
+        if not all(is_learnt) and len(answers) != len(is_learnt):
+            raise UnusableRecordError(f"the chat template does not mark whole answers, so {WEIGHT!r} has no place")
+        for place, span in enumerate(answers):
+            if len(answers) == len(is_learnt) and not is_learnt[place]:
+                continue
             first, last = (
                 _tokens_of(span, text=text, offsets=offsets)
                 if offsets is not None
@@ -248,6 +258,13 @@ def _check_message(message: Any, *, index: int) -> Message:
     except UnicodeEncodeError as error:
         raise UnusableRecordError(f"message {index} holds half of a surrogate pair, not a character") from error
     return kept
+
+
+def _is_learnt(message: Message) -> bool:
+    weight = message.get(WEIGHT, 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise UnusableRecordError(f"an assistant message has {WEIGHT!r} {weight!r}, expected 0 or 1")
+    return bool(weight)
 
 
 def _tokens_of(span: Span, *, text: str, offsets: NDArray[np.int64]) -> tuple[int, int]:

@@ -63,6 +63,19 @@ def test_answers_with_their_end_of_turn_and_nothing_else(tokenizer: PreTrainedTo
     assert learnt(encoder, [{"role": "system", "content": "be kind"}, *TALK[:2]]) == ["naïve café 1 2 3<|im_end|>"]
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_an_answer_of_weight_0_is_read_and_not_learnt(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    encoder = encoder_of(tokenizer, template)
+    talk: list[dict] = [{**message} for message in TALK]
+    talk[1]["weight"], talk[3]["weight"] = 0, 1
+    assert learnt(encoder, talk) == ["the lazy dog<|im_end|>"]
+    assert encoder.encode(talk)[0].tolist() == encoder.encode(TALK)[0].tolist()
+    for wrong in (0.5, True, "0"):
+        talk[1]["weight"] = wrong
+        with pytest.raises(UnusableRecordError, match="expected 0 or 1"):
+            encoder.encode(talk)
+
+
 def test_ids_are_the_rendered_conversation(tokenizer: PreTrainedTokenizerFast) -> None:
     ids, _ = encoder_of(tokenizer).encode(TALK)
     assert ids.tolist() == tokenizer(tokenizer.apply_chat_template(TALK, tokenize=False))["input_ids"]

@@ -19,7 +19,7 @@ from factory_jobs import (
 from tiny_run import changed
 
 from largekd.curation.answer_shards import read_answers, shard_paths
-from largekd.errors import ConfigError, DataError
+from largekd.errors import ConfigError, DataError, GenerationError
 
 
 def test_every_row_is_asked_by_every_template_for_every_sample(tmp_path):
@@ -60,6 +60,43 @@ def test_another_job_in_the_folder_is_refused_and_named(tmp_path, key, value, na
     with pytest.raises(ConfigError, match="holds answers of another job") as raised:
         run_job(changed(tree, **{key: value}), backend=other)
     assert named in str(raised.value) and other.asked == []
+
+
+def test_the_longest_prompt_may_change_and_what_failed_for_it_is_asked_again(tmp_path):
+    tree = job_settings(tmp_path, sampling__max_prompt_tokens=7)
+    assert run_job(tree, backend=ScriptedBackend(fail_on="What is 3"))
+    more = changed(tree, sampling__max_prompt_tokens=70, output__retry_failed=True)
+    backend = ScriptedBackend()
+    assert run_job(more, backend=backend) and len(backend.asked) == 4
+
+
+def test_two_templates_of_one_name_are_refused(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.jinja").write_text("{% block user %}{{ question }}{% endblock %}")
+    names = [str(tmp_path / folder / "mine.jinja") for folder in ("a", "b")]
+    for templates in (names, ["direct", "direct"]):
+        with pytest.raises(ConfigError, match=r"prompts\.templates\.1 = .* is called '(mine|direct)' too"):
+            run_job(job_settings(tmp_path, prompts__templates=templates), backend=ScriptedBackend())
+
+
+def test_a_full_disk_is_told_and_what_is_there_stays(tmp_path, monkeypatch):
+    from largekd.factory import job
+
+    tree, write = job_settings(tmp_path), job.write_shard
+
+    def full(folder, *, number, answers):
+        if number >= 2:
+            raise OSError(28, "No space left on device")
+        return write(folder, number=number, answers=answers)
+
+    monkeypatch.setattr(job, "write_shard", full)
+    with pytest.raises(GenerationError, match=r"output\.dir: .*No space left on device"):
+        run_job(tree, backend=ScriptedBackend())
+    monkeypatch.undo()
+    assert len(answers_in(tmp_path / "job/raw")) == 8
+    rest = ScriptedBackend()
+    assert run_job(tree, backend=rest) and len(rest.asked) == 12
 
 
 def test_another_template_text_is_refused(tmp_path):

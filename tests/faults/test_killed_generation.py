@@ -47,7 +47,7 @@ def recipe(model: Path, folder: Path, *, rows: int) -> dict[str, Any]:
             "precision": "fp32",
             "batch_size": 2,
         },
-        "sampling": {"samples": 2, "temperatures": [0.0, 0.8], "top_p": 0.95, "max_new_tokens": 24},
+        "sampling": {"samples": 2, "temperatures": [0.0, 0.8], "max_new_tokens": 24},
         "collective_timeout_s": 120,
         "log": {"progress": False},
     }
