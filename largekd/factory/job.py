@@ -103,8 +103,9 @@ class Job:
         """The keys in the folder's shards, with 0, or how often an ask failed that was never answered; the ranks share
         the reading out. A collective call."""
         found: list[tuple[str, bool]] = []
-        # One rank's listing for all: that of another host may lag behind.
-        names = broadcast_object([path.name for path in shard_paths(folder)], group=self.group)
+        # One listing for all: that of a host may lag behind what another one wrote.
+        listed = gather_objects([path.name for path in shard_paths(folder)], group=self.group)
+        names = sorted({name for names in listed for name in names})
         with Together(group=self.group):
             for name in names[self.ranks.rank :: self.ranks.world_size]:
                 found += [(written.key, written.finish == "failed") for _, written in read_shard(folder / name)]
