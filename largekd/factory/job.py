@@ -70,7 +70,8 @@ class Job:
                     left.unlink()
         done = self._done(folder)
         first = int(broadcast_object(next_number(folder), group=self.group))
-        missing = _in_order(_missing(stage.asks, done=done, retry_failed=self.config.output.retry_failed))
+        again = self.config.output.retry_failed and stage.retries
+        missing = _in_order(_missing(stage.asks, done=done, retry_failed=again))
         given = [answer for answer in stage.given if answer.written.key not in done]
         committer = Committer(
             folder=folder,
@@ -179,8 +180,8 @@ class Committer:
         """Commit what there is. Errors: GenerationError, such as for a full disk."""
         if not self._waiting:
             return
-        fault_point("generate:before_shard", rank=self._rank, step=self._number)
         try:
+            fault_point("generate:before_shard", rank=self._rank, step=self._number)
             write_shard(self._folder, number=self._number, answers=self._waiting)
         except OSError as error:
             raise GenerationError(

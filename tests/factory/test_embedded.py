@@ -116,6 +116,17 @@ def test_a_judges_template_is_tried_before_anything_is_written(tmp_path):
         preview(parse_record(GenerateConfig, mapping=tree))
 
 
+def test_samples_that_will_be_alike_are_told(tmp_path, caplog):
+    from largekd.factory.run import _warn_of_repeats
+
+    tree = job_settings(tmp_path)
+    tree["judge"] = {"samples": 3}
+    _warn_of_repeats(parse_record(GenerateConfig, mapping=changed(tree, sampling__temperatures=[0.0, 0.7])))
+    assert "judge.samples = 3" in caplog.text and "sampling.samples" not in caplog.text
+    _warn_of_repeats(parse_record(GenerateConfig, mapping=changed(tree, sampling__temperature=0.0)))
+    assert "sampling.samples = 2" in caplog.text
+
+
 def test_settings_that_came_as_json_are_the_same_record(tmp_path):
     tree = job_settings(tmp_path)
     config = parse_record(GenerateConfig, mapping=tree)

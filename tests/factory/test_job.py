@@ -20,6 +20,8 @@ from tiny_run import changed
 
 from largekd.curation.answer_shards import read_answers, shard_paths
 from largekd.errors import ConfigError, DataError, GenerationError
+from largekd.runtime.faults import VARIABLE
+from largekd.runtime.files import TEMPORARY_PREFIX
 
 
 def test_every_row_is_asked_by_every_template_for_every_sample(tmp_path):
@@ -81,22 +83,31 @@ def test_two_templates_of_one_name_are_refused(tmp_path):
 
 
 def test_a_full_disk_is_told_and_what_is_there_stays(tmp_path, monkeypatch):
-    from largekd.factory import job
-
-    tree, write = job_settings(tmp_path), job.write_shard
-
-    def full(folder, *, number, answers):
-        if number >= 2:
-            raise OSError(28, "No space left on device")
-        return write(folder, number=number, answers=answers)
-
-    monkeypatch.setattr(job, "write_shard", full)
+    tree = job_settings(tmp_path)
+    monkeypatch.setenv(VARIABLE, "generate:before_shard:rank0:step2-99:enospc")
     with pytest.raises(GenerationError, match=r"output\.dir: .*No space left on device"):
         run_job(tree, backend=ScriptedBackend())
-    monkeypatch.undo()
+    monkeypatch.delenv(VARIABLE)
     assert len(answers_in(tmp_path / "job/raw")) == 8
     rest = ScriptedBackend()
     assert run_job(tree, backend=rest) and len(rest.asked) == 12
+
+
+@pytest.mark.parametrize(
+    ("point", "safe"), [pytest.param("before_shard", 8, marks=pytest.mark.slow), ("after_shard", 12)]
+)
+def test_killed_beside_a_commit_it_has_the_shard_whole_or_not_at_all(tmp_path, monkeypatch, point, safe):
+    tree, raw = job_settings(tmp_path), tmp_path / "job/raw"
+    monkeypatch.setenv(VARIABLE, f"generate:{point}:rank0:step2:sigkill")
+    (process,) = start_scripted(tree, ranks=1, pause_s=0.0, log=tmp_path / "log")
+    assert process.wait(timeout=120) == -signal.SIGKILL, (tmp_path / "log.0").read_text()[-2000:]
+    monkeypatch.delenv(VARIABLE)
+    # What a kill in the middle of a write leaves.
+    (raw / f"{TEMPORARY_PREFIX}shard_000009.jsonl-x").write_text('{"ask": {"it')
+    assert len(answers_in(raw)) == safe
+    rest = ScriptedBackend()
+    assert run_job(tree, backend=rest) and len(rest.asked) == 20 - safe
+    assert not repeated(answers_in(raw)) and not list(raw.glob(f"{TEMPORARY_PREFIX}*"))
 
 
 def test_another_template_text_is_refused(tmp_path):

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from factory_jobs import ScriptedBackend, answers_in, job_settings, run_job
+from tiny_run import changed
 
 from largekd.config.generate import RowSourceConfig
 from largekd.curation.answer_shards import read_answers
@@ -21,6 +22,8 @@ class InstructionBackend(ScriptedBackend):
 
     def _written(self, ask):
         if ask.template not in ("similar_instruction", "new_instruction"):
+            return super()._written(ask)
+        if self._fail_on is not None and self._fail_on in ask.messages[-1]["content"]:
             return super()._written(ask)
         number = ask.seed % 1000 if ask.seed % 3 else 0
         text = f'1. "Explain subject{number} to reader{number} using example{number} and number{number}"'
@@ -262,6 +265,18 @@ def test_a_template_that_will_lack_something_is_told_before_anything_is_written(
     with pytest.raises(DataError, match="'mood' is undefined"):
         run_job(tree, backend=backend)
     assert backend.asked == []
+
+
+def test_a_round_that_a_later_one_made_up_for_is_not_asked_again(tmp_path):
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text('{"instruction": "Sing."}\n{"instruction": "Write a poem."}\n')
+    tree = job_settings(tmp_path, prompts__templates=["instruction"], sampling__samples=1)
+    tree["source"] = {"kind": "seeds", "path": str(seeds), "rows": 8, "examples": 1, "rounds": 6}
+    assert run_job(tree, backend=InstructionBackend(fail_on="1. Sing."))
+    finishes = [written.finish for _, written in read_answers(tmp_path / "job/turns/round_0")]
+    assert {"failed", "stop"} <= set(finishes)
+    again = InstructionBackend()
+    assert run_job(changed(tree, output__retry_failed=True), backend=again) and again.asked == []
 
 
 def test_other_seeds_are_another_job(tmp_path):

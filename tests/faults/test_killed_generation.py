@@ -29,7 +29,7 @@ class Case(NamedTuple):
     unsure: float
 
 
-TINY = Case(kills=2, rows=60, within_s=0.2, unsure=1e-6)
+TINY = Case(kills=1, rows=40, within_s=0.2, unsure=1e-6)
 REAL = Case(kills=10, rows=56, within_s=0.7, unsure=1e-4)
 
 
