@@ -238,11 +238,14 @@ def unknown_parts(dataset: Dataset, *, names: Iterable[str]) -> list[str]:
     wanted = list(names)
     if not wanted:
         return []
-    column = dataset.with_format("arrow")[:]["spans"]
+    column = dataset.select_columns("spans").with_format("arrow")[:]["spans"]
     if pa.types.is_large_string(column.type) or pa.types.is_string(column.type):
         # JSON: a look at its text is enough for a warning.
         return [name for name in wanted if not pc.any(pc.match_substring(column, json.dumps(name))).as_py()]
-    found = set(pc.unique(pc.struct_field(pc.list_flatten(column), "name")).to_pylist())
+    values = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+    if not pa.types.is_struct(values.type) or "name" not in values.type.names:
+        return []  # Each record will be told so.
+    found = set(pc.unique(pc.struct_field(values, "name")).to_pylist())
     return [name for name in wanted if name not in found]
 
 
