@@ -91,7 +91,7 @@ class ChatEncoder:
         checked = check_messages(messages)
         is_learnt = [_is_learnt(message) for message in checked if message["role"] == "assistant"]
         checked = [{name: value for name, value in message.items() if name != WEIGHT} for message in checked]
-        text = self._render(checked)
+        checked, text = self._rendered(checked)
         ids, offsets = self._tokenize(text)
         answered = any(message["role"] == "assistant" for message in checked)
         if self.loss_on == "all":
@@ -114,6 +114,16 @@ class ChatEncoder:
             last = self._end_of_turn(text, span=span, ids=ids, offsets=offsets, tokens=(first, last))
             mask[first:last] = 1
         return Conversation(text, ids, mask, offsets, tuple(answers))
+
+    def _rendered(self, messages: list[Message]) -> tuple[list[Message], str]:
+        """The conversation as the template takes it, and its text."""
+        try:
+            return messages, self._render(messages)
+        except UnusableRecordError:
+            joined = system_in_front(messages)
+            if joined is None:
+                raise
+            return joined, self._render(joined)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:
@@ -229,6 +239,15 @@ class ChatEncoder:
     def _special_ids(self) -> frozenset[int]:
         added = {place for place, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         return frozenset(added.union(self.tokenizer.all_special_ids))
+
+
+def system_in_front(messages: Sequence[Message]) -> list[Message] | None:
+    """`messages` with the system message in front of the first question, for a model that knows no such role; None for
+    a conversation that does not begin with the two."""
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return None
+    system, question, *more = messages
+    return [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *more]
 
 
 def check_messages(messages: Any) -> list[Message]:

@@ -183,6 +183,21 @@ def test_a_template_that_raises_gives_a_reason(tokenizer: PreTrainedTokenizerFas
         encoder_of(tokenizer, "{{ raise_exception('roles must alternate') }}").encode(TALK)
 
 
+def test_a_system_message_that_a_template_refuses_stands_before_the_question(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    system = {"role": "system", "content": "the fox"}
+    found, expected = (
+        encoder_of(tokenizer, refuses).read(talk)
+        for talk in ([system, *TALK], [{**TALK[0], "content": "the fox\n\n" + TALK[0]["content"]}, *TALK[1:]])
+    )
+    assert found.text == expected.text and found.mask.tolist() == expected.mask.tolist()
+    assert "<|im_start|>system" in encoder_of(tokenizer).read([system, *TALK]).text
+    with pytest.raises(UnusableRecordError, match="no system role"):
+        encoder_of(tokenizer, refuses).read([system, *TALK[1:]])
+
+
 def test_null_keys_are_absent_keys(tokenizer: PreTrainedTokenizerFast) -> None:
     template = CHATML.replace(
         "{{ message['content'] }}", "{{ message['content'] }}{% if 'name' in message %}!{% endif %}"
