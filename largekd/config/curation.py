@@ -133,6 +133,11 @@ class DatasetConfig(Frozen):
         description="asked: the conversation that the model was shown. question: the row's question alone, without "
         "the template's words, examples and earlier turns.",
     )
+    learn: Literal["last", "all"] = Field(
+        "last",
+        description="Answers of a conversation that are learnt; the last one is what is verified. last: earlier ones, "
+        "such as drafts before a revision, get `weight: 0`.",
+    )
     held_out: int = Field(0, ge=0, description="Rows (with all their answers) that are set aside for evaluation.")
     parquet: bool = Field(False, description="Also write parquet, readable as a Hugging Face data set.")
     seed: int = Field(0, ge=0, description="Seed of the order and of what is set aside.")

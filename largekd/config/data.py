@@ -26,11 +26,7 @@ class SourceConfig(Frozen):
     split: str = Field("train", description="Split of a hub data set.")
     text_field: str = Field("text", description="Column with plain text.")
     messages_field: str = Field("messages", description="Column with chat messages; used when it exists.")
-    loss_on: Literal["assistant", "last", "all"] = Field(
-        "assistant",
-        description="Chat tokens that carry the loss. assistant: all answers. last: the last one alone, where earlier "
-        "ones are worked examples or drafts.",
-    )
+    loss_on: Literal["assistant", "all"] = Field("assistant", description="Chat tokens that carry the loss.")
     chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template.")
     weight_field: str | None = Field(
         None, description="Column with a weight per record, at least 0, on all of its tokens; null: all records have 1."

@@ -49,11 +49,10 @@ def records(row: Curated, *, config: DatasetConfig, spans_of: SpansOf) -> Iterat
     for reasoning in ("with", "without") if config.reasoning == "both" else (config.reasoning,):
         for text, spans in targets(row, reasoning=reasoning, answer_text=config.answer_text, spans_of=spans_of):
             hint = config.answer_hint if reasoning == "without" else ""
+            shown = _prompt(row, config=config, hint=hint)
+            prompt = [_message(**message, learnt=config.learn == "all") for message in shown]
             yield {
-                "messages": [
-                    {"role": message["role"], "content": _HALF.sub("\ufffd", message["content"])}
-                    for message in (*_prompt(row, config=config, hint=hint), {"role": "assistant", "content": text})
-                ],
+                "messages": [*prompt, _message(role="assistant", content=text, learnt=True)],
                 "spans": list(spans),
                 "id": row.ask.item.id,
                 "key": row.written.key,
@@ -64,6 +63,11 @@ def records(row: Curated, *, config: DatasetConfig, spans_of: SpansOf) -> Iterat
                 "answer": row.ask.item.answer,
                 "scores": dict(row.scores),
             }
+
+
+def _message(*, role: str, content: str, learnt: bool) -> dict[str, Any]:
+    weight = {} if learnt or role != "assistant" else {"weight": 0}
+    return {"role": role, "content": _HALF.sub("\ufffd", content), **weight}
 
 
 def _prompt(row: Curated, *, config: DatasetConfig, hint: str) -> list[Message]:
@@ -85,8 +89,12 @@ def json_line(value: Any) -> bytes:
 def write_parquet(path: Path, *, lines: Path, scores: Sequence[str]) -> None:
     """The records of a JSON-lines file as parquet; `scores`: every name of a score, null where a record has none."""
     text, span = pa.string(), pa.struct([("name", pa.string()), ("start", pa.int64()), ("end", pa.int64())])
+    message = [("role", text), ("content", text)]
+    with lines.open("rb") as stream:
+        # Quotes inside of texts are escaped: this is a key.
+        message += [("weight", pa.int64())] if any(b'"weight": 0' in line for line in stream) else []
     columns = [
-        ("messages", pa.list_(pa.struct([("role", text), ("content", text)]))),
+        ("messages", pa.list_(pa.struct(message))),
         ("spans", pa.list_(span)),
         *((name, text) for name in ("id", "key", "template")),
         ("sample", pa.int64()),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from largekd.config.data import SourceConfig
 from largekd.data.named_parts import NamedPart
 from largekd.data.quarantine import BadRecord, Quarantine, UnusableRecordError
-from largekd.data.sources import Records, read_records
+from largekd.data.sources import Records, read_records, unknown_parts
 from largekd.data.spans import Alignment
 from largekd.data.store import SampleStore
 from largekd.data.templates import ChatEncoder, Conversation, load_template
@@ -25,8 +26,10 @@ from largekd.data.token_weights import TokenWeights
 from largekd.data.translator import Translator
 from largekd.data.vocabulary import document_affixes, tokenizer_fingerprint
 
+logger = logging.getLogger(__name__)
+
 # Part of the cache key: raise it when the same records and settings would give different samples.
-TOKENIZATION_VERSION = 2
+TOKENIZATION_VERSION = 3
 FEATURES = Features(
     {
         "ids": List(Value("int32")),
@@ -110,6 +113,8 @@ def load_samples(
         weights = TokenWeights(tokenizer, entries=source.span_weights, named=source.named_span_weights, key=key)
     with first():
         records = read_records(source, key=key, teacher_field=None if routing is None else routing.field)
+        for name in unknown_parts(records.dataset, names=source.named_span_weights):
+            logger.warning("%s.named_span_weights.%s: no record of %s has a part of that name", key, name, source.path)
         tokenize = _Tokenize(
             tokenizer=tokenizer,
             chat=_chat_encoder(source, tokenizer=tokenizer, key=key),

@@ -5,6 +5,7 @@ Each record has `text`, or `messages` (a list, or the same as JSON). A text file
 
 import glob
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetsError
 from pyarrow.parquet import read_metadata
@@ -228,6 +231,22 @@ def _check_spans(values: Iterable[Any], *, source: SourceConfig, key: str) -> No
             f"{key}.named_span_weights: {source.path} has no column {source.spans_field!r} ({key}.spans_field), which "
             "says where the named parts stand."
         )
+
+
+def unknown_parts(dataset: Dataset, *, names: Iterable[str]) -> list[str]:
+    """The names that no part in the column `spans` has."""
+    wanted = list(names)
+    if not wanted:
+        return []
+    column = dataset.select_columns("spans").with_format("arrow")[:]["spans"]
+    if pa.types.is_large_string(column.type) or pa.types.is_string(column.type):
+        # JSON: a look at its text is enough for a warning.
+        return [name for name in wanted if not pc.any(pc.match_substring(column, json.dumps(name))).as_py()]
+    values = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+    if not pa.types.is_struct(values.type) or "name" not in values.type.names:
+        return []  # Each record will be told so.
+    found = set(pc.unique(pc.struct_field(values, "name")).to_pylist())
+    return [name for name in wanted if name not in found]
 
 
 def _check_columns(values: Iterable[Any], *, source: SourceConfig, key: str) -> None:

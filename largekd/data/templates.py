@@ -24,6 +24,7 @@ from largekd.errors import DataError
 Message = dict[str, Any]
 GENERATION_MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 END_OF_THOUGHT = "</think>"
+WEIGHT = "weight"
 UNALIGNED = (
     "the chat template renders the conversation before assistant message {index} differently from the whole "
     "conversation, so its answer cannot be located: mark answers with {{% generation %}} in a template file "
@@ -65,11 +66,14 @@ class Conversation(NamedTuple):
 
 @dataclass(frozen=True)
 class ChatEncoder:
-    """Turns one conversation into ids and a mask; `loss_on` says which tokens carry the loss."""
+    """Turns one conversation into ids and a mask; `loss_on` says which tokens carry the loss.
+
+    With `assistant`, an assistant message with `weight` 0 (a draft that a later one corrects) is read and not learnt.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
-    loss_on: Literal["assistant", "last", "all"] = "assistant"
+    loss_on: Literal["assistant", "all"] = "assistant"
 
     def encode(self, messages: Any) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
         """Token ids of the conversation and, for each, 1 where it is a token to learn.
@@ -85,17 +89,23 @@ class ChatEncoder:
     def read(self, messages: Any, *, locate: bool = False) -> Conversation:
         """As `encode`, with the text; `locate`: find the answers even where all tokens are learnt."""
         checked = check_messages(messages)
-        text = self._render(checked)
+        is_learnt = [_is_learnt(message) for message in checked if message["role"] == "assistant"]
+        checked = [{name: value for name, value in message.items() if name != WEIGHT} for message in checked]
+        checked, text = self._rendered(checked)
         ids, offsets = self._tokenize(text)
         answered = any(message["role"] == "assistant" for message in checked)
         if self.loss_on == "all":
             answers = self._answers(checked, text=text) if locate and answered else ()
             return Conversation(text, ids, np.ones(len(ids), np.uint8), offsets, tuple(answers))
         if not answered:
-            raise UnusableRecordError(f"has no assistant message, so no token to learn (loss_on: {self.loss_on})")
+            raise UnusableRecordError("has no assistant message, so no token to learn (loss_on: assistant)")
         mask = np.zeros(len(ids), np.uint8)
         answers = self._answers(checked, text=text)
-        for span in answers[-1:] if self.loss_on == "last" else answers:
+        if not all(is_learnt) and len(answers) != len(is_learnt):
+            raise UnusableRecordError(f"the chat template does not mark whole answers, so {WEIGHT!r} has no place")
+        for place, span in enumerate(answers):
+            if len(answers) == len(is_learnt) and not is_learnt[place]:
+                continue
             first, last = (
                 _tokens_of(span, text=text, offsets=offsets)
                 if offsets is not None
@@ -104,6 +114,16 @@ class ChatEncoder:
             last = self._end_of_turn(text, span=span, ids=ids, offsets=offsets, tokens=(first, last))
             mask[first:last] = 1
         return Conversation(text, ids, mask, offsets, tuple(answers))
+
+    def _rendered(self, messages: list[Message]) -> tuple[list[Message], str]:
+        """The conversation as the template takes it, and its text."""
+        try:
+            return messages, self._render(messages)
+        except UnusableRecordError:
+            joined = system_in_front(messages)
+            if joined is None:
+                raise
+            return joined, self._render(joined)
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:
@@ -221,6 +241,15 @@ class ChatEncoder:
         return frozenset(added.union(self.tokenizer.all_special_ids))
 
 
+def system_in_front(messages: Sequence[Message]) -> list[Message] | None:
+    """`messages` with the system message in front of the first question, for a model that knows no such role; None for
+    a conversation that does not begin with the two."""
+    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+        return None
+    system, question, *more = messages
+    return [{**question, "content": f"{system['content']}\n\n{question['content']}"}, *more]
+
+
 def check_messages(messages: Any) -> list[Message]:
     """`messages` without keys that hold null.
 
@@ -248,6 +277,13 @@ def _check_message(message: Any, *, index: int) -> Message:
     except UnicodeEncodeError as error:
         raise UnusableRecordError(f"message {index} holds half of a surrogate pair, not a character") from error
     return kept
+
+
+def _is_learnt(message: Message) -> bool:
+    weight = message.get(WEIGHT, 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise UnusableRecordError(f"an assistant message has {WEIGHT!r} {weight!r}, expected 0 or 1")
+    return bool(weight)
 
 
 def _tokens_of(span: Span, *, text: str, offsets: NDArray[np.int64]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from largekd.curation.records import Ask, Message, Written
+from largekd.data.templates import system_in_front
 from largekd.factory.job import failed
 
 
@@ -18,9 +19,9 @@ def chat_text(ask: Ask, *, tokenizer: PreTrainedTokenizerBase) -> str:
     messages = ask.messages
     if not tokenizer.chat_template:
         return "\n\n".join(message["content"] for message in messages)
-    if [message["role"] for message in messages[:2]] != ["system", "user"]:
+    joined = system_in_front(messages)
+    if joined is None:
         return _rendered(messages, tokenizer=tokenizer)
-    system, question, *more = messages
     try:
         text = _rendered(messages, tokenizer=tokenizer)
         if text != _rendered(messages[1:], tokenizer=tokenizer):
@@ -28,8 +29,7 @@ def chat_text(ask: Ask, *, tokenizer: PreTrainedTokenizerBase) -> str:
     except TemplateError:
         # What else it may refuse, it refuses again.
         pass
-    joined = {"role": "user", "content": f"{system['content']}\n\n{question['content']}"}
-    return _rendered([joined, *more], tokenizer=tokenizer)
+    return _rendered(joined, tokenizer=tokenizer)
 
 
 def _rendered(messages: Sequence[Message], *, tokenizer: PreTrainedTokenizerBase) -> str:

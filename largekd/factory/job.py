@@ -70,7 +70,8 @@ class Job:
                     left.unlink()
         done = self._done(folder)
         first = int(broadcast_object(next_number(folder), group=self.group))
-        missing = _in_order(_missing(stage.asks, done=done, retry_failed=self.config.output.retry_failed))
+        again = self.config.output.retry_failed and stage.retries
+        missing = _in_order(_missing(stage.asks, done=done, retry_failed=again))
         given = [answer for answer in stage.given if answer.written.key not in done]
         committer = Committer(
             folder=folder,
@@ -103,8 +104,9 @@ class Job:
         """The keys in the folder's shards, with 0, or how often an ask failed that was never answered; the ranks share
         the reading out. A collective call."""
         found: list[tuple[str, bool]] = []
-        # One rank's listing for all: that of another host may lag behind.
-        names = broadcast_object([path.name for path in shard_paths(folder)], group=self.group)
+        # One listing for all: that of a host may lag behind what another one wrote.
+        listed = gather_objects([path.name for path in shard_paths(folder)], group=self.group)
+        names = sorted({name for names in listed for name in names})
         with Together(group=self.group):
             for name in names[self.ranks.rank :: self.ranks.world_size]:
                 found += [(written.key, written.finish == "failed") for _, written in read_shard(folder / name)]
@@ -178,8 +180,8 @@ class Committer:
         """Commit what there is. Errors: GenerationError, such as for a full disk."""
         if not self._waiting:
             return
-        fault_point("generate:before_shard", rank=self._rank, step=self._number)
         try:
+            fault_point("generate:before_shard", rank=self._rank, step=self._number)
             write_shard(self._folder, number=self._number, answers=self._waiting)
         except OSError as error:
             raise GenerationError(

@@ -27,12 +27,14 @@ _LEAD = re.compile(r"^\s*(?:(?:new )?(?:task|instruction|question)\s*:|\d+[.)])\
 
 @dataclass(frozen=True)
 class Stage:
-    """`given`: answers that need no model: those of conversations that an earlier stage could not go on with."""
+    """`given`: answers that need no model: those of conversations that an earlier stage could not go on with.
+    `retries`: what failed may be asked again; not where later stages have made up for it."""
 
     name: str
     asks: list[Ask]
     is_last: bool = False
     given: tuple[Answer, ...] = ()
+    retries: bool = True
 
     @property
     def folder(self) -> str:
@@ -96,7 +98,7 @@ def _of_seeds(source: SeedSourceConfig, *, asker: Asker) -> Generator[Stage, Map
         if not asks:
             break
         asked += len(asks)
-        answers = yield Stage(f"round_{number}", asks)
+        answers = yield Stage(f"round_{number}", asks, retries=False)
         new = _instructions(asks, answers, known=known)
         items += new
         pool += [item.question for item in new]

@@ -12,6 +12,7 @@ from largekd.curation.records import Ask
 from largekd.data.vocabulary import load_tokenizer
 from largekd.factory.asks import Asker
 from largekd.factory.chat import chat_text
+from largekd.factory.endpoint import check_sampling
 from largekd.factory.judge import try_template
 from largekd.factory.plan import Stage, plan
 
@@ -26,6 +27,8 @@ def preview(config: GenerateConfig) -> str:
     Only the first stage's asks are known beforehand: what is asked later depends on answers.
     Errors: LargeKDError for sources and templates that cannot be used.
     """
+    if isinstance(config.backend, EndpointBackendConfig):
+        check_sampling(config.backend, sampling=config.sampling)
     if config.judge is not None:
         try_template(config.judge)
     stage = next(plan(config, asker=Asker(config.prompts, config.sampling)))

@@ -76,6 +76,7 @@ def _run(
         if config.judge is not None:
             try_template(config.judge)
         if ranks.is_main:
+            _warn_of_repeats(config)
             if curate or config.judge is not None:
                 check_settings(config.curation)
             if config.output.fresh:
@@ -92,6 +93,14 @@ def _run(
             if curate:
                 summary["curation"] = curate_job(folder, config=config.curation, judge=config.judge)
     return dict(broadcast_object(summary, group=group))
+
+
+def _warn_of_repeats(config: GenerateConfig) -> None:
+    """Several samples at temperature 0 cost as many answers and are one."""
+    given = {"sampling": config.sampling, "judge": None if config.judge is None else config.judge.sampling}
+    for key, sampling in given.items():
+        if sampling is not None and sampling.samples > 1 and not any(sampling.temperatures or (sampling.temperature,)):
+            logger.warning("%s.samples = %d at temperature 0: all will be alike", key, sampling.samples)
 
 
 def _write(

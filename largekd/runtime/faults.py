@@ -5,6 +5,7 @@
 
 Points: `save:{before_shard,mid_shard,after_shard,before_manifest,before_rename,before_marker,after_commit}`,
 `cache:{before_shard,after_shard}` (the step is the shard's number), `cache:before_manifest` (step 0),
+`generate:{before_shard,after_shard}` (the step is the shard's number),
 `stage:switch` (the old engine is gone and the new one not there yet; the step is the last one of the old).
 Actions: `sigkill`, `sigterm`, `sigstop` (to itself), `enospc` (raises), `sleep<seconds>`; none: only return True.
 """

@@ -181,8 +181,11 @@ def described(error: Exception) -> str:
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks for: a number or a date (RFC 9110, 10.2.3); None where it says nothing of sense."""
-    said = headers.get("Retry-After")
+    """Seconds that the server asks for: a number or a date (RFC 9110, 10.2.3), or milliseconds in a header that some
+    servers have besides; None where it says nothing of sense."""
+    finer, said = headers.get("retry-after-ms"), headers.get("Retry-After")
+    if finer is not None and _digits(finer) is not None:
+        return int(finer) / 1000
     if said is None:
         return None
     try:

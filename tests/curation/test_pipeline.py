@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,29 @@ def test_data_sets_load_as_hugging_face_expects(tmp_path: Path, monkeypatch: pyt
         loaded = datasets.load_dataset(str(job / "data"))
         assert {name: len(split) for name, split in loaded.items()} == {"train": ROWS - 3, "eval": 2}
         assert [dict(row) for row in loaded["train"]] == lines(job / "data" / "train.jsonl")
+
+
+@pytest.mark.parametrize("learn", ["last", "all"])
+def test_drafts_are_shown_and_not_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, learn: str) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    ask, written = answer(f"Again. {MARK} 42")
+    draft = ({"role": "assistant", "content": f"First. {MARK} 41"}, {"role": "user", "content": "Look again."})
+    ask = replace(ask, messages=(*ask.messages, *draft))
+    job = write_job(tmp_path / "job", shards=[[Answer(ask, replace(written, key=ask.key)), *answers()[:2]]])
+    run(job, config(dataset={"learn": learn, "parquet": True}))
+    by_turns = {len(record["messages"]): record["messages"] for record in lines(job / "data" / "train.jsonl")}
+    assert [message.get("weight") for message in by_turns[5]] == [
+        None,
+        None,
+        0 if learn == "last" else None,
+        None,
+        None,
+    ]
+    assert all("weight" not in message for message in by_turns[3])
+    loaded = datasets.load_dataset(str(job / "data"), split="train")
+    assert {len(talk): [one.get("weight") for one in talk] for talk in loaded["messages"]} == {
+        turns: [message.get("weight") for message in messages] for turns, messages in by_turns.items()
+    }
 
 
 @pytest.mark.parametrize(("reasoning", "count"), [("with", 1), ("without", 1), ("both", 2)])

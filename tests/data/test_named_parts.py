@@ -57,6 +57,20 @@ def test_named_parts_of_the_last_answer_are_weighted(tmp_path: Path, tokenizer: 
     assert rest.endswith("the dog:!<|im_end|>\n")
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_a_name_that_no_part_has_is_told(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "jsonl":
+        write(path, record(None), record())
+    else:
+        Dataset.from_list([record(), record([])]).to_parquet(str(path))
+    load(path, tokenizer, named_span_weights={"reasoning": 0.5, "resoning": 0.5})
+    assert "data.train.named_span_weights.resoning: no record" in caplog.text
+    assert "named_span_weights.reasoning:" not in caplog.text
+
+
 def test_later_names_win_and_markers_come_first(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     spans = [{"name": "answer", "start": 4, "end": 7}, {"name": "reasoning", "start": 0, "end": 13}]
     path = write(tmp_path / "a.jsonl", record(spans))

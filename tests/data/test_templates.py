@@ -63,17 +63,22 @@ def test_answers_with_their_end_of_turn_and_nothing_else(tokenizer: PreTrainedTo
     assert learnt(encoder, [{"role": "system", "content": "be kind"}, *TALK[:2]]) == ["naïve café 1 2 3<|im_end|>"]
 
 
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_an_answer_of_weight_0_is_read_and_not_learnt(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    encoder = encoder_of(tokenizer, template)
+    talk: list[dict] = [{**message} for message in TALK]
+    talk[1]["weight"], talk[3]["weight"] = 0, 1
+    assert learnt(encoder, talk) == ["the lazy dog<|im_end|>"]
+    assert encoder.encode(talk)[0].tolist() == encoder.encode(TALK)[0].tolist()
+    for wrong in (0.5, True, "0"):
+        talk[1]["weight"] = wrong
+        with pytest.raises(UnusableRecordError, match="expected 0 or 1"):
+            encoder.encode(talk)
+
+
 def test_ids_are_the_rendered_conversation(tokenizer: PreTrainedTokenizerFast) -> None:
     ids, _ = encoder_of(tokenizer).encode(TALK)
     assert ids.tolist() == tokenizer(tokenizer.apply_chat_template(TALK, tokenize=False))["input_ids"]
-
-
-@pytest.mark.parametrize("template", [CHATML, MARKED])
-def test_loss_on_last_learns_the_last_answer_alone(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
-    encoder = ChatEncoder(tokenizer=tokenizer, template=template, loss_on="last")
-    assert learnt(encoder, TALK) == learnt(encoder_of(tokenizer, template), TALK)[-1:] == ["the lazy dog<|im_end|>"]
-    with pytest.raises(UnusableRecordError, match="loss_on: last"):
-        encoder.encode(TALK[:1])
 
 
 def test_loss_on_all_counts_every_token(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -176,6 +181,21 @@ def test_malformed_conversations_say_why(tokenizer: PreTrainedTokenizerFast, mes
 def test_a_template_that_raises_gives_a_reason(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UnusableRecordError, match="refuses the messages: roles must alternate"):
         encoder_of(tokenizer, "{{ raise_exception('roles must alternate') }}").encode(TALK)
+
+
+def test_a_system_message_that_a_template_refuses_stands_before_the_question(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + CHATML
+    system = {"role": "system", "content": "the fox"}
+    found, expected = (
+        encoder_of(tokenizer, refuses).read(talk)
+        for talk in ([system, *TALK], [{**TALK[0], "content": "the fox\n\n" + TALK[0]["content"]}, *TALK[1:]])
+    )
+    assert found.text == expected.text and found.mask.tolist() == expected.mask.tolist()
+    assert "<|im_start|>system" in encoder_of(tokenizer).read([system, *TALK]).text
+    with pytest.raises(UnusableRecordError, match="no system role"):
+        encoder_of(tokenizer, refuses).read([system, *TALK[1:]])
 
 
 def test_null_keys_are_absent_keys(tokenizer: PreTrainedTokenizerFast) -> None:

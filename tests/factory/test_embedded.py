@@ -11,7 +11,7 @@ from tiny_run import ROOT, changed
 from largekd.config.generate import GenerateConfig
 from largekd.config.load import parse_record
 from largekd.curation.answer_shards import read_answers
-from largekd.errors import ConfigError
+from largekd.errors import ConfigError, DataError
 from largekd.factory.preview import preview
 
 UNSURE = 1e-6
@@ -97,6 +97,34 @@ def test_a_wrong_key_names_the_nearest(tmp_path):
     tree = job_settings(tmp_path)
     with pytest.raises(ConfigError, match=r"sampling\.sample: unknown key; did you mean sampling\.samples"):
         parse_record(GenerateConfig, mapping=changed(tree, sampling__sample=3))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"), [("stop", ["END", ""], r"sampling\.stop"), ("temperatures", [0.7, -0.1], "at least 0")]
+)
+def test_draws_that_cannot_be_meant_are_refused(tmp_path, key, value, told):
+    with pytest.raises(ConfigError, match=told):
+        parse_record(GenerateConfig, mapping=changed(job_settings(tmp_path), **{f"sampling__{key}": value}))
+
+
+def test_a_judges_template_is_tried_before_anything_is_written(tmp_path):
+    template = tmp_path / "strict.jinja"
+    template.write_text("{% block user %}{{ text }} {{ rubric }}{% endblock %}")
+    tree = job_settings(tmp_path)
+    tree["judge"] = {"template": str(template)}
+    with pytest.raises(DataError, match="'rubric' is undefined"):
+        preview(parse_record(GenerateConfig, mapping=tree))
+
+
+def test_samples_that_will_be_alike_are_told(tmp_path, caplog):
+    from largekd.factory.run import _warn_of_repeats
+
+    tree = job_settings(tmp_path)
+    tree["judge"] = {"samples": 3}
+    _warn_of_repeats(parse_record(GenerateConfig, mapping=changed(tree, sampling__temperatures=[0.0, 0.7])))
+    assert "judge.samples = 3" in caplog.text and "sampling.samples" not in caplog.text
+    _warn_of_repeats(parse_record(GenerateConfig, mapping=changed(tree, sampling__temperature=0.0)))
+    assert "sampling.samples = 2" in caplog.text
 
 
 def test_settings_that_came_as_json_are_the_same_record(tmp_path):

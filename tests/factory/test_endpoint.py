@@ -229,6 +229,32 @@ def test_a_prompt_that_the_server_refuses_is_a_failed_row(tmp_path):
     assert len(server.requests) == 5
 
 
+def test_a_refusal_in_unknown_words_is_of_one_prompt_where_others_are_answered(tmp_path):
+    reply = as_json({"error": {"code": "invalid_prompt", "message": "flagged"}}, status=400)
+
+    def misbehave(question, good):
+        return reply if question in ("question 3", "question 7") else good
+
+    asks = make_asks(10)
+    with chat_server(misbehave) as server:
+        found = write_all(server.url, tmp_path, asks)
+        failed = [ask for ask in asks if found[ask.key].finish == "failed"]
+        assert [ask.item.question for ask in failed] == ["question 3", "question 7"]
+        # On request once more, when nothing else is left to ask.
+        again = write_all(server.url, tmp_path, [replace(ask, attempt=1) for ask in failed])
+    assert [written.finish for written in again.values()] == ["failed", "failed"]
+
+
+def test_a_server_that_begins_to_refuse_everything_ends_the_job(tmp_path):
+    reply = as_json({"error": "unknown parameter"}, status=400)
+    with (
+        chat_server(lambda question, good: good if question == "question 0" else reply) as server,
+        pytest.raises(ConfigError, match=r"backend\.omit"),
+    ):
+        write_all(server.url, tmp_path, make_asks(100), concurrency=2)
+    assert len(server.requests) < 30
+
+
 def test_a_prompt_above_the_limit_is_not_sent(tmp_path):
     with chat_server() as server:
         (written,) = write_all(server.url, tmp_path, [make_ask("word " * 4000)]).values()

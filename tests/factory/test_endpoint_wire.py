@@ -6,7 +6,9 @@ import random
 import pytest
 from factory.chat_fakes import completion, make_ask, make_config
 
-from largekd.config.generate import EndpointBackendConfig
+from largekd.config.generate import EndpointBackendConfig, GenerateConfig
+from largekd.config.load import parse_record
+from largekd.errors import ConfigError
 from largekd.factory.cost import Usage
 from largekd.factory.endpoint_wire import MalformedError, is_about_the_prompt, longest_body, read_answer, request_body
 from largekd.runtime.http import RefusedError
@@ -191,9 +193,21 @@ def test_log_probabilities_need_room():
         ({"url": "server.example"}, "must look like"),
         ({"extra": {"messages": []}}, r"extra\.messages"),
         ({"max_cost": 1.0}, "needs input_price"),
+        ({"key_variable": "sk-secret"}, "no name of an environment variable"),
+        ({"url": "https://server.example/v1?key=sk-secret", "allow_remote": True}, "end before"),
     ],
 )
 def test_settings_that_cannot_be(change, said):
     with pytest.raises(ValueError, match=said):
         EndpointBackendConfig(**({"kind": "endpoint", "url": "http://127.0.0.1:1", "model": "m"} | change))
     make_config("https://server.example/v1", allow_remote=True)
+
+
+@pytest.mark.parametrize("change", [{"key_variable": "a-secret"}, {"url": "http://127.0.0.1/?key=a-secret"}])
+def test_a_key_in_the_wrong_place_is_not_repeated(change):
+    backend = {"kind": "endpoint", "url": "http://127.0.0.1:1", "model": "m"} | change
+    tree = {"output": {"dir": "d"}, "source": {"path": "p"}, "backend": backend}
+    for mapping in (tree, tree | {"judge": {"backend": backend}}):
+        with pytest.raises(ConfigError) as raised:
+            parse_record(GenerateConfig, mapping=mapping)
+        assert "a-secret" not in str(raised.value) and "key_variable" in str(raised.value)

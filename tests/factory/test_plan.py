@@ -1,16 +1,18 @@
 """Stages: invented instructions, conversations, revisions, and rows from files."""
 
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from factory_jobs import ScriptedBackend, answers_in, job_settings, run_job
+from tiny_run import changed
 
 from largekd.config.generate import RowSourceConfig
 from largekd.curation.answer_shards import read_answers
 from largekd.curation.records import Written
-from largekd.errors import DataError, GenerationError
+from largekd.errors import ConfigError, DataError, GenerationError
 from largekd.factory.distinct import Distinct
 from largekd.factory.sources import read_items
 
@@ -20,6 +22,8 @@ class InstructionBackend(ScriptedBackend):
 
     def _written(self, ask):
         if ask.template not in ("similar_instruction", "new_instruction"):
+            return super()._written(ask)
+        if self._fail_on is not None and self._fail_on in ask.messages[-1]["content"]:
             return super()._written(ask)
         number = ask.seed % 1000 if ask.seed % 3 else 0
         text = f'1. "Explain subject{number} to reader{number} using example{number} and number{number}"'
@@ -226,3 +230,72 @@ def test_chat_records_give_question_and_answer(tmp_path):
     path.write_text(json.dumps({"messages": messages}) + "\n")
     (item,) = read_items(RowSourceConfig(path=str(path), question="messages", answer="messages"))
     assert (item.question, item.answer) == ("Why?", "So.")
+
+
+class CutOffBackend(ScriptedBackend):
+    """Never gets to an end on rows with a 1 in them."""
+
+    def _written(self, ask):
+        written = super()._written(ask)
+        return replace(written, finish="length") if "1 and 1" in ask.messages[0]["content"] else written
+
+
+@pytest.mark.parametrize(("change", "turns"), [({"prompts__turns": 3}, 1), ({"prompts__revise": True}, 3)])
+def test_nothing_is_said_after_a_text_that_was_cut_off_unless_it_is_revised(tmp_path, change, turns):
+    tree = job_settings(tmp_path, rows=3, **change)
+    assert run_job(tree, backend=CutOffBackend())
+    found = list(read_answers(tmp_path / "job/raw"))
+    cut = [(len(ask.messages), written.finish) for ask, written in found if ask.item.id == "r1"]
+    assert len(found) == 12 and cut == [(turns, "length")] * 4
+
+
+@pytest.mark.parametrize("kind", ["rows", "topics", "seeds"])
+@pytest.mark.parametrize("place", ["templates", "user_template", "revise_template"])
+def test_a_template_that_will_lack_something_is_told_before_anything_is_written(tmp_path, kind, place):
+    template = tmp_path / "wants.jinja"
+    template.write_text("{% block user %}{{ question }} {{ mood }}{% endblock %}")
+    name = [str(template)] if place == "templates" else str(template)
+    tree = job_settings(tmp_path, prompts__turns=2, prompts__revise=True, **{f"prompts__{place}": name})
+    (tmp_path / "seeds.jsonl").write_text('{"instruction": "Sing."}\n')
+    if kind == "topics":
+        tree["source"] = {"kind": "topics", "topics": ["tides"], "tasks": ["explain"]}
+    elif kind == "seeds":
+        tree["source"] = {"kind": "seeds", "path": str(tmp_path / "seeds.jsonl"), "rows": 2}
+    backend = ScriptedBackend()
+    with pytest.raises(DataError, match="'mood' is undefined"):
+        run_job(tree, backend=backend)
+    assert backend.asked == []
+
+
+def test_a_round_that_a_later_one_made_up_for_is_not_asked_again(tmp_path):
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text('{"instruction": "Sing."}\n{"instruction": "Write a poem."}\n')
+    tree = job_settings(tmp_path, prompts__templates=["instruction"], sampling__samples=1)
+    tree["source"] = {"kind": "seeds", "path": str(seeds), "rows": 8, "examples": 1, "rounds": 6}
+    assert run_job(tree, backend=InstructionBackend(fail_on="1. Sing."))
+    finishes = [written.finish for _, written in read_answers(tmp_path / "job/turns/round_0")]
+    assert {"failed", "stop"} <= set(finishes)
+    again = InstructionBackend()
+    assert run_job(changed(tree, output__retry_failed=True), backend=again) and again.asked == []
+
+
+def test_other_seeds_are_another_job(tmp_path):
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text('{"instruction": "Sing."}\n')
+    tree = job_settings(tmp_path, prompts__templates=["instruction"], sampling__samples=1)
+    tree["source"] = {"kind": "seeds", "path": str(seeds), "rows": 4}
+    assert run_job(tree, backend=InstructionBackend())
+    seeds.write_text('{"instruction": "Dance."}\n')
+    with pytest.raises(ConfigError, match="seeds: "):
+        run_job(tree, backend=InstructionBackend())
+
+
+def test_another_text_of_the_template_that_invents_instructions_is_refused(tmp_path):
+    template = tmp_path / "new_instruction.jinja"
+    template.write_text("{% block user %}A task about {{ topic }}, please.{% endblock %}")
+    tree = job_settings(tmp_path, prompts__templates=["instruction"])
+    tree["source"] = {"kind": "topics", "topics": ["tides"], "tasks": ["explain"], "template": str(template)}
+    assert run_job(tree, backend=InstructionBackend())
+    template.write_text("{% block user %}One more task about {{ topic }}.{% endblock %}")
+    with pytest.raises(ConfigError, match=r"templates\.source\.template: "):
+        run_job(tree, backend=InstructionBackend())

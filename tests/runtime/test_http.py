@@ -80,6 +80,12 @@ def test_a_retry_after_without_sense_says_nothing(said):
     assert failure(Reply(status=503, headers={"Retry-After": said})).retry_after_s is None
 
 
+@pytest.mark.parametrize(("finer_ms", "seconds"), [("250", 0.25), ("soon", 7.0), ("-5", 7.0)])
+def test_milliseconds_come_before_seconds(finer_ms, seconds):
+    headers = {"Retry-After": "7", "retry-after-ms": finer_ms}
+    assert failure(Reply(status=429, headers=headers)).retry_after_s == seconds
+
+
 def test_a_token_must_fit_a_header(monkeypatch):
     for wrong in ("", "two words", "secret\n", "ümlaut"):
         monkeypatch.setenv("SOME_TOKEN", wrong)
