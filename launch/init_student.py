@@ -1,4 +1,4 @@
-"""Make a student of its teacher's weights and write it as a plain Hugging Face folder, without training."""
+"""Make the student of a run and write it as a plain Hugging Face folder, without training."""
 
 import sys
 

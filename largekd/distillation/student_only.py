@@ -26,16 +26,11 @@ from largekd.sharding.cluster import process_group
 
 
 def write_student(config: RunConfig, *, output: str) -> Path:
-    """Initialise the student that `config` describes and write it, without training, to the folder `output`.
+    """Make the student that `config` describes and write it, without training, to the folder `output`.
 
-    Beside weights, configuration and tokenizer stands initialisation.json: where every tensor came from. A collective
-    call on every rank of the job. Errors: LargeKDError.
+    Beside weights, configuration and tokenizer stands initialisation.json: where every tensor came from, or else of
+    which model and layers the whole student is. A collective call on every rank of the job. Errors: LargeKDError.
     """
-    if config.student.initialise is None:
-        raise ConfigError(
-            "student.initialise is null: it says how the student's first weights are made of the teacher's; set it, "
-            "for example student.initialise.width=truncate."
-        )
     target = Path(output).expanduser().absolute()
     with process_group(timeout_s=config.train.collective_timeout_s):
         ranks = current_ranks()
@@ -106,7 +101,22 @@ def _write(config: RunConfig, *, target: Path, ranks: Ranks) -> None:
         student = build_student(
             config, sources=sources, ds_config=ds_config, ranks=ranks, measures=measures, report_to=reports.append
         )
-    _write_folder(config, student=student, sources=sources, report=reports[0], target=target, ranks=ranks)
+    _write_folder(
+        config,
+        student=student,
+        sources=sources,
+        report=reports[0] if reports else _whole(config),
+        target=target,
+        ranks=ranks,
+    )
+
+
+def _whole(config: RunConfig) -> InitialisationReport:
+    """Of a student that is drawn at random, or is another model or some of its layers: no tensor is made."""
+    student = config.student
+    if student.model is not None:
+        return InitialisationReport((), plan={"student": student.model, "layers": student.layers})
+    return InitialisationReport((), plan={"teacher_layers": student.teacher_layers, "seed": config.train.seed})
 
 
 def _write_folder(

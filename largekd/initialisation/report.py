@@ -39,10 +39,10 @@ class InitialisationReport:
 
     @property
     def copied_frac(self) -> float:
-        """The share of all the student's entries that are the teacher's unchanged."""
+        """The share of all the student's entries that are the teacher's unchanged; 0 where nothing is known of them."""
         sizes = [math.prod(entry.shape) for entry in self.entries]
         copied = sum(size * entry.copied_frac for size, entry in zip(sizes, self.entries, strict=True))
-        return copied / sum(sizes)
+        return copied / max(sum(sizes), 1)
 
     def as_mapping(self) -> dict[str, Any]:
         """What is written as JSON."""

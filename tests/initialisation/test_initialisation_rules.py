@@ -1,7 +1,6 @@
 """Which layers, entries and heads the rules take, and what they refuse."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -221,15 +220,6 @@ def test_keys_that_contradict_each_other(changes, message, tmp_path):
     tree = settings(tmp_path, tmp_path / "run", **(base | changes))
     with pytest.raises(ConfigError, match=message):
         parse_config(json.loads(json.dumps(tree)))
-
-
-def test_the_launcher_needs_an_initialisation_and_says_so(tmp_path):
-    from largekd.distillation.student_only import write_student
-
-    tree = settings(Path("nowhere"), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"student\.initialise is null"):
-        write_student(parse_config(tree), output=str(tmp_path / "student"))
-    assert not (tmp_path / "student").exists()
 
 
 def test_a_head_that_is_the_embedding_is_not_drawn(monkeypatch, tmp_path):

@@ -133,3 +133,17 @@ def test_an_output_where_nothing_can_be_written_is_refused_before_work(one_rank,
     (tmp_path / "file").write_text("")
     with pytest.raises(RankError, match=r"nothing can be written in .*file"):
         one_rank.run(write_student_folder, tree=tree(), output=str(tmp_path / "file" / "student"))
+
+
+def test_whole_layers_are_written_too_and_the_report_names_them(one_rank, tiny_assets, tmp_path):
+    made = settings(tiny_assets, tmp_path / "run", student__teacher_layers=[1, 2])
+    one_rank.run(write_student_folder, tree=made, output=str(tmp_path / "student"))
+    teacher = load_file(tiny_assets / "teacher/model.safetensors")
+    student = load_file(tmp_path / "student/model.safetensors")
+    kept = [name for name in student if ".layers." in name]
+    assert {int(name.split(".layers.")[1].split(".")[0]) for name in kept} == {0, 1}
+    for name in kept:
+        old = name.replace(".layers.1.", ".layers.2.").replace(".layers.0.", ".layers.1.")
+        assert torch.equal(student[name], teacher[old].to(student[name].dtype)), name
+    report = json.loads((tmp_path / "student/initialisation.json").read_text())
+    assert report["plan"]["teacher_layers"] == [1, 2] and report["tensors"] == []
