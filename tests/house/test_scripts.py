@@ -43,6 +43,13 @@ def test_quickstart_helps() -> None:
     assert "--smoke" in finished.stdout
 
 
+def test_reasoning_refuses_arguments_and_helps() -> None:
+    finished = _run("bash", "launch/reasoning.sh", "runs/mine")
+    assert finished.returncode == 2 and "runs/mine was given" in finished.stderr
+    finished = _run("bash", "launch/reasoning.sh", "--help")
+    assert finished.returncode == 0 and "recipes/reasoning.yaml" in finished.stdout
+
+
 def test_environment_prefers_what_is_set(tmp_path: Path) -> None:
     show = '. launch/env.sh && echo "$VIRTUAL_ENV|$TORCH_EXTENSIONS_DIR|${DS_ACCELERATOR:-none}"'
     environment = {"VIRTUAL_ENV": str(tmp_path), "TORCH_EXTENSIONS_DIR": "", "DS_ACCELERATOR": ""}
