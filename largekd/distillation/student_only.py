@@ -34,7 +34,7 @@ def write_student(config: RunConfig, *, output: str) -> Path:
     if config.student.initialise is None:
         raise ConfigError(
             "student.initialise is null: it says how the student's first weights are made of the teacher's; set it, "
-            "for example student.initialise.width=truncate."
+            "for example student.initialise={}, with which the shapes choose the rules."
         )
     target = Path(output).expanduser().absolute()
     with process_group(timeout_s=config.train.collective_timeout_s):
