@@ -24,7 +24,7 @@ from largekd.initialisation.importance import importance_maps
 from largekd.initialisation.rotation import check_rotatable, fold_norms, rotated_ends, rotated_maps
 from largekd.initialisation.sizes import sizes_of
 from largekd.initialisation.statistics import Statistics
-from largekd.models.build import build_model
+from largekd.models.build import build_model, load_pretrained
 from largekd.models.decoder import Decoder
 from largekd.models.source import ModelFolder, read_config
 from largekd.runtime.ranks import Ranks
@@ -107,8 +107,11 @@ class Measured:
 
     def statistics(self, *, moment: bool) -> Statistics:
         self.asked += 1
-        decoder, _ = sharded(self.folder)
-        return measure(decoder, batches=own_batches(rows=4, per_batch=2, packed=True), moment=moment)
+        config = read_config(Path(self.folder), key="teacher.model", trust_remote_code=False)
+        model = build_model(config, ds_config=ds_config(), precision="fp32", attention="eager")
+        load_pretrained(model, folder=Path(self.folder), rank=dist.get_rank())
+        batches = own_batches(rows=4, per_batch=2, packed=False)
+        return measure(Decoder(model=model), batches=batches, moment=moment)
 
     def loads(self) -> dict[int, LayerLoads]:
         raise AssertionError("no student here has other experts")

@@ -12,6 +12,8 @@ from largekd.config.initialise import InitialiseConfig
 from largekd.distillation.default_rules import settled
 from largekd.distillation.initialise import check_initialise, needs_statistics
 from largekd.errors import ConfigError
+from largekd.initialisation.calibration import measure
+from largekd.models.decoder import Decoder
 
 MIXED = {"mlp_only_layers": [0], "norm_topk_prob": True}
 """Of Qwen3-MoE: an ordinary MLP among layers of experts."""
@@ -39,8 +41,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any], tuple[str, str]
     "an average of experts or a narrower MLP": (
         "qwen3_moe", MIXED, "qwen3", {"intermediate_size": 12, "num_hidden_layers": 1}, ("block_influence", "truncate"),
     ),
-    "copies of an MLP": ("llama", {}, "mixtral", {}, ("uniform", "truncate")),
-    "copies of a part of an MLP": ("llama", {}, "mixtral", {"intermediate_size": 24}, ("uniform", "importance")),
+    "copies of an MLP": ("qwen3", {}, "qwen3_moe", {"moe_intermediate_size": 48}, ("uniform", "truncate")),
+    "copies of a part of an MLP": ("qwen3", {}, "qwen3_moe", {"moe_intermediate_size": 24}, ("uniform", "importance")),
 }  # fmt: skip
 
 
@@ -57,9 +59,9 @@ def test_the_shapes_choose_what_is_not_named(case: str) -> None:
 
 
 def test_a_split_whose_slices_fill_the_mlp_measures_nothing() -> None:
-    teacher = family_config("llama")
+    teacher = family_config("qwen3")
     for neurons, width in ((24, "truncate"), (20, "importance")):
-        student = family_config("mixtral", intermediate_size=neurons)
+        student = family_config("qwen3_moe", moe_intermediate_size=neurons)
         config = InitialiseConfig.model_validate({"experts": {"from_dense": "split"}})
         check_initialise(config, teacher=teacher, student=student)
         assert settled(config, teacher=teacher, student=student).width == width
@@ -92,6 +94,13 @@ def test_key_heads_that_importance_cannot_choose_are_refused_with_what_to_set() 
     with pytest.raises(ConfigError, match=r"4 query heads on 4 key heads, .*choose truncate or interpolate"):
         check_initialise(InitialiseConfig(), teacher=family_config("llama"), student=student)
     check_initialise(InitialiseConfig(width="truncate"), teacher=family_config("llama"), student=student)
+
+
+def test_a_teacher_that_cannot_be_measured_is_refused_with_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "final_norm", None)
+    decoder = Decoder(model=build(family_config("llama"), seed=0))
+    with pytest.raises(ConfigError, match=r"width = 'truncate' and student\.initialise\.layers = 'uniform'"):
+        measure(decoder, batches=())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
