@@ -14,7 +14,14 @@ from largekd.errors import ConfigError
 from largekd.initialisation.axes import StudentMaps
 from largekd.initialisation.derive import Derivation, Prepare, as_stored, derivations, rule_of_names
 from largekd.initialisation.expert_maps import LayerLoads
-from largekd.initialisation.expert_shapes import check_experts, has_experts, mapped_sizes, needs_loads, same_family
+from largekd.initialisation.expert_shapes import (
+    check_experts,
+    experts_of,
+    has_experts,
+    mapped_sizes,
+    needs_loads,
+    same_family,
+)
 from largekd.initialisation.experts import corresponding_experts, expert_derivations
 from largekd.initialisation.fill import fill_from
 from largekd.initialisation.importance import check_importance, importance_maps
@@ -149,7 +156,9 @@ def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, stu
         "student": mapped_sizes(config.experts, teacher=teacher, student=student, layers=layers),
     }
     check_sizes(**shapes)
-    if config.layers != "block_influence":
+    # Layers of one kind are alike, but between a mixture and a dense model their kinds may differ.
+    alike = (experts_of(teacher) is None) == (experts_of(student) is None)
+    if alike or config.layers != "block_influence":
         check_neurons(**shapes, layers=layers)
     if config.width in ("importance", "pca"):
         experts = [has_experts(teacher, layer=layer) for layer in range(teacher.num_hidden_layers)]
@@ -226,7 +235,7 @@ def initialise_student(
                 "student.initialise: the student's head is its embedding, and the head that the teacher trained apart "
                 "is dropped; set tie_word_embeddings (student.design.tied) to false to keep it"
             )
-        logger.info("student: %s", report.in_words())
+        logger.info("student: layers %s, width %s; %s", config.layers, config.width, report.in_words())
     return report
 
 

@@ -96,6 +96,13 @@ def test_key_heads_that_importance_cannot_choose_are_refused_with_what_to_set() 
     check_initialise(InitialiseConfig(width="truncate"), teacher=family_config("llama"), student=student)
 
 
+def test_wider_layers_are_refused_before_the_teacher_is_measured() -> None:
+    teacher = family_config("qwen3_moe", **MIXED)
+    student = family_config("qwen3_moe", **MIXED, num_hidden_layers=2, intermediate_size=56)
+    with pytest.raises(ConfigError, match="the MLP of the student's layer 0 has 56 neurons"):
+        check_initialise(InitialiseConfig(), teacher=teacher, student=student)
+
+
 def test_a_teacher_that_cannot_be_measured_is_refused_with_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Decoder, "final_norm", None)
     decoder = Decoder(model=build(family_config("llama"), seed=0))
