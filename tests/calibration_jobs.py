@@ -11,19 +11,23 @@ from alignment_reference import aligned_rows, join
 from layer_jobs import sharded
 from sharding_jobs import ds_config, whole
 
+from largekd.config.initialise import InitialiseConfig
 from largekd.contracts import IGNORE_LABEL, Batch
+from largekd.distillation.initialise import initialise_student
 from largekd.engine.frozen import FrozenEngine
 from largekd.initialisation.axes import Mix, StudentMaps
 from largekd.initialisation.calibration import measure
 from largekd.initialisation.derive import derivations
+from largekd.initialisation.expert_maps import LayerLoads
 from largekd.initialisation.fill import fill_from
 from largekd.initialisation.importance import importance_maps
 from largekd.initialisation.rotation import check_rotatable, fold_norms, rotated_ends, rotated_maps
 from largekd.initialisation.sizes import sizes_of
 from largekd.initialisation.statistics import Statistics
-from largekd.models.build import build_model
+from largekd.models.build import build_model, load_pretrained
 from largekd.models.decoder import Decoder
-from largekd.models.source import read_config
+from largekd.models.source import ModelFolder, read_config
+from largekd.runtime.ranks import Ranks
 
 
 def filler(row: Batch) -> Batch:
@@ -93,6 +97,47 @@ def _derived(decoder: Decoder, model: Any, *, statistics: Statistics, rule: str,
         prepare=fold_norms(model),
         given=rotated_ends(model, maps=maps, teacher_config=teacher),
     )
+
+
+class Measured:
+    """The activations of the teacher in a folder; `asked` counts how often they were wanted."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder, self.asked = folder, 0
+
+    def statistics(self, *, moment: bool) -> Statistics:
+        self.asked += 1
+        config = read_config(Path(self.folder), key="teacher.model", trust_remote_code=False)
+        model = build_model(config, ds_config=ds_config(), precision="fp32", attention="eager")
+        load_pretrained(model, folder=Path(self.folder), rank=dist.get_rank())
+        batches = own_batches(rows=4, per_batch=2, packed=False)
+        return measure(Decoder(model=model), batches=batches, moment=moment)
+
+    def loads(self) -> dict[int, LayerLoads]:
+        raise AssertionError("no student here has other experts")
+
+    def release(self) -> None:
+        """Each measurement loads its own."""
+
+
+def initialised_by_rules(*, teacher: str, student: str, initialise: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """The plan of the report of a student that `initialise_student` fills, and how often the teacher was measured."""
+    theirs, ours = (
+        read_config(Path(folder), key=key, trust_remote_code=False)
+        for folder, key in ((teacher, "teacher.model"), (student, "student.config"))
+    )
+    model = build_model(ours, ds_config=ds_config(), precision="fp32", attention="eager")
+    measures = Measured(teacher)
+    report = initialise_student(
+        model,
+        config=InitialiseConfig.model_validate(initialise),
+        teacher=ModelFolder(path=Path(teacher), config=theirs, trust_remote_code=False),
+        seed=0,
+        ranks=Ranks(rank=dist.get_rank(), world_size=dist.get_world_size()),
+        measures=measures,
+    )
+    assert all(bool(value.isfinite().all()) for value in whole(model).values())
+    return dict(report.plan), measures.asked
 
 
 def _hooks(decoder: Decoder) -> int:

@@ -7,15 +7,22 @@ from pydantic import Field
 from largekd.config.common import Frozen
 from largekd.config.experts import ExpertsConfig
 
+LayerRule = Literal["uniform", "first", "first_last", "block_influence"]
+WidthRule = Literal["truncate", "interpolate", "importance", "pca"]
+
 
 class InitialiseConfig(Frozen):
     """First weights of a student whose shape comes from `student.config` or `student.design`."""
 
-    layers: Literal["uniform", "first", "first_last", "block_influence"] | tuple[int, ...] = Field(
-        "uniform", description="The teacher's layers that are kept: a rule, or their indices."
+    layers: LayerRule | tuple[int, ...] | None = Field(
+        None,
+        description="The teacher's layers that are kept: a rule, or their indices; null: block_influence for a student "
+        "of fewer layers than the teacher, else all.",
     )
-    width: Literal["truncate", "interpolate", "importance", "pca"] = Field(
-        "truncate", description="How hidden units, neurons and heads are reduced."
+    width: WidthRule | None = Field(
+        None,
+        description="How hidden units, neurons and heads are reduced; null: importance where the student has fewer of "
+        "one of them, but truncate where experts are narrower or `gain` is set.",
     )
     gain: float = Field(
         0.0,

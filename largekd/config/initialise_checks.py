@@ -27,5 +27,5 @@ def check_initialisation(config: RunConfig, *, begins: bool = True) -> Iterator[
     if begins and teacher.kind in ("ema", "self_shared"):
         yield f"{key}: teacher.kind = {teacher.kind!r} has no other model whose weights could be taken; remove it"
     layers = student.initialise.layers
-    if not isinstance(layers, str) and (not layers or min(layers) < 0):
+    if isinstance(layers, tuple) and (not layers or min(layers) < 0):
         yield f"{key}.layers = {list(layers)}: name at least one layer; the first one is 0"

@@ -9,11 +9,19 @@ from typing import Protocol
 from transformers import PretrainedConfig, PreTrainedModel
 
 from largekd.config.initialise import InitialiseConfig
+from largekd.distillation.default_rules import settled
 from largekd.errors import ConfigError
 from largekd.initialisation.axes import StudentMaps
 from largekd.initialisation.derive import Derivation, Prepare, as_stored, derivations, rule_of_names
 from largekd.initialisation.expert_maps import LayerLoads
-from largekd.initialisation.expert_shapes import check_experts, has_experts, mapped_sizes, needs_loads, same_family
+from largekd.initialisation.expert_shapes import (
+    check_experts,
+    experts_of,
+    has_experts,
+    mapped_sizes,
+    needs_loads,
+    same_family,
+)
 from largekd.initialisation.experts import corresponding_experts, expert_derivations
 from largekd.initialisation.fill import fill_from
 from largekd.initialisation.importance import check_importance, importance_maps
@@ -120,7 +128,7 @@ class Measures(Protocol):
 
 
 def needs_statistics(config: InitialiseConfig) -> bool:
-    """Whether one of the rules looks at the teacher's activations."""
+    """Whether one of the rules, as `settled` names them, looks at the teacher's activations."""
     return config.layers == "block_influence" or config.width in ("importance", "pca")
 
 
@@ -129,8 +137,8 @@ def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, stu
 
     Errors: ConfigError for another family, a shape that cannot be made of the teacher's, or layers that do not exist.
     """
-    if config.width not in RULES:
-        raise ConfigError(f"student.initialise.width = {config.width!r}: must be one of {', '.join(RULES)}.")
+    if config.width is not None and config.width not in RULES:
+        raise ConfigError(f"student.initialise.width = {config.width!r}: must be null or one of {', '.join(RULES)}.")
     if not same_family(teacher, student):
         raise ConfigError(
             f"student.initialise: a {student.model_type!r} student cannot be made of a {teacher.model_type!r} teacher; "
@@ -140,13 +148,17 @@ def check_initialise(config: InitialiseConfig, *, teacher: PretrainedConfig, stu
     if config.width == "pca":
         check_rotatable(student)
     check_experts(config.experts, teacher=teacher, student=student)
+    config = settled(config, teacher=teacher, student=student)
+    assert config.layers is not None
     layers = choose_layers(config.layers, teacher=teacher, student=student)
     shapes = {
         "teacher": sizes_of(teacher),
         "student": mapped_sizes(config.experts, teacher=teacher, student=student, layers=layers),
     }
     check_sizes(**shapes)
-    if config.layers != "block_influence":
+    # Layers of one kind are alike, but between a mixture and a dense model their kinds may differ.
+    alike = (experts_of(teacher) is None) == (experts_of(student) is None)
+    if alike or config.layers != "block_influence":
         check_neurons(**shapes, layers=layers)
     if config.width in ("importance", "pca"):
         experts = [has_experts(teacher, layer=layer) for layer in range(teacher.num_hidden_layers)]
@@ -167,6 +179,9 @@ def initialise_student(
     measures: asked once for what `needs_statistics` and `needs_loads` say.
     """
     check_initialise(config, teacher=teacher.config, student=model.config)
+    config = settled(config, teacher=teacher.config, student=model.config)
+    assert config.layers is not None
+    assert config.width is not None
     statistics = None
     if needs_statistics(config):
         statistics = measures.statistics(moment=config.width == "pca")
@@ -209,6 +224,7 @@ def initialise_student(
             "teacher": str(teacher.path),
             "teacher_shape": shape_of(teacher.config),
             "layers": list(layers),
+            "layer_rule": config.layers if isinstance(config.layers, str) else "given",
             "gains": dict(plan.maps.gains),
             **config.model_dump(mode="json", exclude={"layers"}),
         },
@@ -219,7 +235,7 @@ def initialise_student(
                 "student.initialise: the student's head is its embedding, and the head that the teacher trained apart "
                 "is dropped; set tie_word_embeddings (student.design.tied) to false to keep it"
             )
-        logger.info("student: %s", report.in_words())
+        logger.info("student: layers %s, width %s; %s", config.layers, config.width, report.in_words())
     return report
 
 

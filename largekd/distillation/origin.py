@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from largekd.config.run import RunConfig
+from largekd.distillation.default_rules import layers_rule
 from largekd.errors import ConfigError
 from largekd.initialisation.kinds import choose_layers
 from largekd.initialisation.report import REPORT_FILE, shape_of
@@ -40,9 +41,8 @@ def planned_layers(
     initialise = config.student.initialise
     if initialise is None:
         return config.student.teacher_layers
-    if initialise.layers == "block_influence":
-        return None
-    return choose_layers(initialise.layers, teacher=teacher, student=student)
+    rule = layers_rule(initialise, teacher=teacher, student=student)
+    return None if rule == "block_influence" else choose_layers(rule, teacher=teacher, student=student)
 
 
 def report_folder(config: RunConfig) -> Path:

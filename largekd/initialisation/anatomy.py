@@ -11,7 +11,7 @@ from largekd.models.taps import attention_shape, hidden_width
 from largekd.sharding.shards import full_shape
 
 _ATTENTION_ENDS = ("o_proj", "out_proj", "dense")
-_MLP_ENDS = ("down_proj", "dense_4h_to_h")
+_MLP_ENDS = ("down_proj", "fc2", "dense_4h_to_h")
 
 
 @dataclass(frozen=True)

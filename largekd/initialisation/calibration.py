@@ -38,7 +38,8 @@ def measure(
     if decoder.final_norm is None:
         raise ConfigError(
             f"student.initialise: the final norm of a {decoder.model.config.model_type!r} model was not found, so its "
-            "activations cannot be measured; choose another student.initialise.width and student.initialise.layers."
+            "activations cannot be measured; choose rules that need none, such as student.initialise.width = "
+            "'truncate' and student.initialise.layers = 'uniform'."
         )
     sums = _Sums(moment=moment)
     hooks = _hooked(parts, final=decoder.final_norm, sums=sums)

@@ -135,6 +135,7 @@ def _measured(scores: Tensor | None, *, layer: int, length: int, what: str) -> T
     if scores is None or len(scores) != length:
         raise ConfigError(
             f"student.initialise.width = 'importance': layer {layer} of the teacher has no one {what} of plain "
-            "projections whose activations could be measured (experts have none in common); choose another rule."
+            "projections whose activations could be measured (experts have none in common); choose truncate or "
+            "interpolate."
         )
     return scores

@@ -150,8 +150,10 @@ def _skip(config: SkipLayersConfig, *, student_depth: int, teacher_depth: int, k
 def _closest(kept: Sequence[int] | None, *, student_depth: int, teacher_depth: int, key: str) -> tuple[LayerPair, ...]:
     if kept is None:
         raise ConfigError(
-            f"{key}.map = closest_non_pruned: the student was not cut out of the teacher, so no layer is known to be "
-            "kept; set student.teacher_layers, or choose another map such as uniform."
+            f"{key}.map = closest_non_pruned: the student was not cut out of the teacher, or its layers are chosen "
+            "only when it is made (student.initialise.layers null or 'block_influence'), so no layer is known to be "
+            "kept; set student.teacher_layers, or student.initialise.layers to indices or a rule that measures "
+            "nothing, or choose another map such as uniform."
         )
     assert len(kept) == student_depth
     pairs = []

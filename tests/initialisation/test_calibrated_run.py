@@ -82,8 +82,7 @@ def test_a_teacher_of_the_same_shape_is_taken_over_whole(two_ranks: RankPool, tr
 
 
 def test_a_cached_teacher_is_loaded_to_be_measured(two_ranks: RankPool, tree: Tree, tmp_path: Path) -> None:
-    rules = {"width": "importance", "layers": "block_influence", "calibration_rows": 5}
-    online = tree(student__initialise=rules, cache={"path": str(tmp_path / "cache")}, **ONE_STEP)
+    online = tree(student__initialise={"calibration_rows": 5}, cache={"path": str(tmp_path / "cache")}, **ONE_STEP)
     online["cache"] = {"path": str(tmp_path / "cache"), "codec": {"kind": "top_k", "k": 16}}
     online["objective"]["signal"] = {"kind": "top_k", "k": 16}
     two_ranks.run(cache, tree=online)
@@ -94,6 +93,9 @@ def test_a_cached_teacher_is_loaded_to_be_measured(two_ranks: RankPool, tree: Tr
     reports = [
         json.loads(Path(tree["run"]["dir"], "initialisation.json").read_text())["plan"] for tree in (online, cached)
     ]
+    for report in reports:
+        # What the shapes choose: the student has fewer layers, and fewer of everything in them.
+        assert (report["layer_rule"], report["width"]) == ("block_influence", "importance")
     assert reports[0]["layers"] == reports[1]["layers"]
     assert reports[0]["gains"]["width"] == pytest.approx(reports[1]["gains"]["width"], rel=1e-6)
 

@@ -205,7 +205,11 @@ def test_a_split_leaves_neurons_out_that_do_not_fill_a_slice(one_rank, tmp_path)
     student = shape_like(
         teacher, tmp_path / "student", "mixtral", **mixture(experts=4, active=2, width=0), intermediate_size=28
     )
-    call = {"teacher": str(teacher), "student": str(student), "initialise": {"experts": {"from_dense": "split"}}}
+    call = {
+        "teacher": str(teacher),
+        "student": str(student),
+        "initialise": {"width": "truncate", "experts": {"from_dense": "split"}},
+    }
     [(weights, _)] = one_rank.run(initialised, **call)
     gate = AutoModelForCausalLM.from_pretrained(teacher).model.layers[1].mlp.gate_proj.weight
     found = weights["model.layers.1.mlp.experts.gate_up_proj"][:, :28]

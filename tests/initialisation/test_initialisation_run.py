@@ -19,6 +19,7 @@ NARROW = {
     "num_key_value_heads": 1,
     "head_dim": 16,
 }
+PLAIN = {"layers": "uniform", "width": "truncate"}
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def tree(tiny_assets, tmp_path):
         path = tmp_path / name / "student.json"
         path.parent.mkdir()
         path.write_text(json.dumps(config | shape))
-        made = settings(tiny_assets, tmp_path / name / "run", **{"student__initialise": {}, **changes})
+        made = settings(tiny_assets, tmp_path / name / "run", **{"student__initialise": PLAIN, **changes})
         del made["student"]["teacher_layers"]
         made["student"]["config"] = str(path)
         return made

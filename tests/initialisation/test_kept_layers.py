@@ -20,7 +20,7 @@ def tree(tiny_assets, tmp_path):
     config = json.loads((tiny_assets / "teacher/config.json").read_text())
     shape = tmp_path / "student.json"
     shape.write_text(json.dumps(config | NARROW))
-    made = settings(tiny_assets, tmp_path / "run", student__initialise={"layers": [1, 2]})
+    made = settings(tiny_assets, tmp_path / "run", student__initialise={"layers": [1, 2], "width": "truncate"})
     del made["student"]["teacher_layers"]
     made["student"]["config"] = str(shape)
     return made
@@ -68,9 +68,12 @@ def test_the_layers_of_another_teacher_are_not_the_student_s(tree, tmp_path):
 
 def test_layers_that_are_not_measured_are_known_beforehand(tree):
     shapes = {"teacher": family_config("llama", num_hidden_layers=6), "student": family_config("llama")}
-    for layers, expected in (([1, 2, 3], (1, 2, 3)), ("uniform", (0, 2, 5)), ("block_influence", None)):
+    rules = (([1, 2, 3], (1, 2, 3)), ("uniform", (0, 2, 5)), ("block_influence", None), (None, None))
+    for layers, expected in rules:
         tree["student"]["initialise"] = {"layers": layers}
         assert planned_layers(parse_config(tree), **shapes) == expected
+    as_deep = shapes | {"student": family_config("llama", num_hidden_layers=6, hidden_size=16)}
+    assert planned_layers(parse_config(tree), **as_deep) == (0, 1, 2, 3, 4, 5)
     del tree["student"]["initialise"], tree["student"]["config"]
     tree["student"]["teacher_layers"] = [0, 2]
     assert planned_layers(parse_config(tree), **shapes) == (0, 2)
