@@ -5,7 +5,7 @@
 #   3  a smaller student learns from its logits on them                         recipes/reasoning.yaml
 #   4  a control learns from the same solutions without the teacher's logits
 #   5  teacher, student before, control and student solve the held-out problems
-# About 50 minutes on two CPU cores. What is finished is not repeated; what was stopped goes on.
+# An hour on two busy CPU cores. What is finished is not repeated; what was stopped goes on.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
