@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from step_jobs import ZERO3, build_side, own_micro_batches, run_step
+from tiny_moe import tiny_moe
 from torch import Tensor, nn
 
 from largekd.config.train import OptimConfig, TrainConfig
@@ -13,9 +14,11 @@ from largekd.engine import train as train_module
 from largekd.engine.ds_config import frozen_ds_config, train_ds_config
 from largekd.engine.frozen import FrozenEngine
 from largekd.engine.train import TrainEngine
+from largekd.models.decoder import enable_checkpointing
 from largekd.optim.groups import build_groups
 
 EXPERTS, WIDTH = 4, 16
+IDS = torch.arange(3, 19)[None]
 
 
 class ListMixture(nn.Module):
@@ -116,6 +119,41 @@ def evaluate_list_model(*, steps: int) -> list[float]:
     losses = [float(engine(rows=rows_of(rank, step=step))["loss"]) for step in range(steps)]
     engine.close()
     return losses
+
+
+class Answers(nn.Module):
+    """A tiny model as an engine takes it; its loss has a gradient at every weight."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *, ids: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.model(input_ids=ids, use_cache=False).logits.float().square().mean()}
+
+
+def gradients_above_frozen_layers(*, family: str, frozen: str, checkpointing: bool) -> dict[str, Tensor]:
+    """Whole gradients of what learns, in one step of every rank on the same ids."""
+    from deepspeed.utils import safe_get_full_grad
+
+    ranks = dist.get_world_size()
+    train = TrainConfig(
+        global_batch_size=ranks, micro_batch_size=1, sequence_length=16, precision="fp32", gradient_clipping=0.0
+    )
+    optim = OptimConfig.model_validate({"groups": [{"name": "frozen", "pattern": frozen, "lr_multiplier": 0}]})
+    model = Answers(tiny_moe(family, seed=3))
+    if checkpointing:
+        enable_checkpointing(model.model)
+    engine = TrainEngine(
+        module=model,
+        groups=build_groups(model.named_parameters(), config=optim),
+        ds_config=train_ds_config(ZERO3, train=train, optim=optim, accumulation=1, world_size=ranks),
+    )
+    engine.train()
+    engine.backward(engine(ids=IDS)["loss"], last=True)
+    found = {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters() if p.requires_grad}
+    engine.close()
+    return found
 
 
 def router_steps(*, steps: int, rows: int, micro_batch_size: int, lr: float, **build: Any) -> dict[str, Any]:

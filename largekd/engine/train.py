@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from largekd.engine.closing import close_engine
+from largekd.engine.expert_inputs import ask_for_input_gradients
 from largekd.engine.leaf_modules import mark_leaf_modules
 from largekd.errors import CheckpointError
 from largekd.optim.groups import ParameterGroup
@@ -39,6 +40,7 @@ class TrainEngine:
             config=dict(ds_config),
             dist_init_required=False,
         )[0]
+        ask_for_input_gradients(module)
         self._multiplier = {group.name: group.lr_multiplier for group in groups}
         # The script would unpickle the shards unverified, and its copy is a write between the barriers of a save.
         self._engine._copy_recovery_script = _copy_nothing
