@@ -1,6 +1,6 @@
 """Share of problems that models solve, with confidence intervals, from generation jobs over the same problems.
 
-    python tools/accuracy.py runs/reasoning/teacher runs/reasoning/before runs/reasoning/distilled
+    python tools/accuracy.py runs/reasoning_solved/before runs/reasoning_solved/distilled
     python tools/accuracy.py --json accuracies.json FOLDER ...
 
 A FOLDER is output.dir of a finished launch/generate.py with one answer to each problem (sampling.samples=1, best at
@@ -56,10 +56,10 @@ def solved_problems(folder: Path) -> dict[str, bool]:
     found: dict[str, bool] = {}
     with StandardExaminer(config) as examiner:
         for row in examine_rows(OrderedAnswers(folder, seed=0).rows(), examiner=examiner):
-            (ask, _), (_, verdict) = row[0]
+            (ask, written), (_, verdict) = row[0]
             if len(row) > 1:
                 raise DataError(f"{folder}: problem {ask.item.id} has {len(row)} answers; set sampling.samples=1.")
-            found[ask.item.id] = verdict.outcome == "right"
+            found[ask.item.id] = written.finish == "stop" and verdict.outcome == "right"
     if not found:
         raise DataError(f"{folder}: holds no answers; finish its job first.")
     return found

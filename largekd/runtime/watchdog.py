@@ -29,6 +29,7 @@ _STDERR = 2
 _SHOWN_RANKS = 8
 _SECTION_CHARS = 60
 _RECORD_BYTES = 512
+_RESUMED_S = 0.05
 _DEAD_STATES = (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_ZOMBIE, "gone")
 
 
@@ -180,8 +181,11 @@ class Watchdog:
                 with open(self._stack_path(peer.rank), "a", encoding="utf-8") as stream:
                     stream.write(f"\n=== woken by rank {self._ranks.rank}: {_described(peer, record)} ===\n")
                 waiting[peer] = self._dumped_bytes(peer.rank)
-                process.send_signal(signal.SIGUSR1)
                 process.send_signal(signal.SIGCONT)
+                # A signal that waits for a stopped process may be taken by any thread, beside which the others run on
+                # while they are written down; one that comes later interrupts the main thread.
+                time.sleep(_RESUMED_S)
+                process.send_signal(signal.SIGUSR1)
         deadline_s = time.monotonic() + self._grace_s
         while waiting and time.monotonic() < deadline_s:
             time.sleep(0.05)

@@ -27,8 +27,7 @@ def test_a_stopped_rank_is_found_and_named(tiny_assets, job_server, tmp_path, ti
     assert None not in statuses and 0 not in statuses, text
     assert timeout_s * 0.5 < took_s <= limit_s
     assert re.search(r"Furthest behind first: rank 1 \(.*stopped\) last section '(data|step \d+)'", text), text
-    waiting, woken = ((run_dir / f"stacks/rank_{rank:05d}.txt").read_text() for rank in (0, 1))
-    assert "last section" in waiting and "run_steps" in waiting, waiting
-    # A woken rank runs on while its threads are written down, so that a stack may break off below its newest lines.
-    assert "woken by rank 0" in woken and "most recent call first" in woken, woken
+    for rank in (0, 1):
+        stacks = (run_dir / f"stacks/rank_{rank:05d}.txt").read_text()
+        assert "last section" in stacks and "run_steps" in stacks, stacks
     assert not (run_dir / "DONE").exists()

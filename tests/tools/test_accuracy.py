@@ -18,12 +18,12 @@ DRAW = Draw(temperature=0.0, top_p=1.0, top_k=None, min_p=0.0, max_new_tokens=8,
 
 
 def job(folder: Path, texts: Sequence[str | None], *, verify: str = "numeric", samples: int = 1) -> Path:
-    """A finished job over problems whose answers are 0, 1, 2 …; None: the answer failed."""
+    """A finished job over problems whose answers are 0, 1, 2 …; None: the answer failed; with … at the end it was cut off."""
     answers = []
     for number, text in enumerate(texts):
         for sample in range(samples):
             ask = Ask(Item(f"p{number}", "How many?", str(number)), "direct", sample, DRAW, sample, ())
-            finish = "failed" if text is None else "stop"
+            finish = "failed" if text is None else "length" if text.endswith("…") else "stop"
             answers.append(Answer(ask, Written(ask.key, text or "", finish, 3, 3)))
     (folder / RAW_FOLDER).mkdir(parents=True)
     write_shard(folder / RAW_FOLDER, number=0, answers=answers)
@@ -36,7 +36,7 @@ def job(folder: Path, texts: Sequence[str | None], *, verify: str = "numeric", s
 
 
 def test_shares_intervals_and_pairs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = job(tmp_path / "before", ["0", "no idea", None, "it is 30", "4"])
+    before = job(tmp_path / "before", ["0", "no idea", None, "3 …", "4"])
     after = job(tmp_path / "after", ["0", "1", "1 + 1 = 2", "3", "It is 5"])
     out = tmp_path / "figures.json"
     assert tool.main([str(before), str(after), "--json", str(out)]) == 0
