@@ -18,7 +18,7 @@ DRAW = Draw(temperature=0.0, top_p=1.0, top_k=None, min_p=0.0, max_new_tokens=8,
 
 
 def job(folder: Path, texts: Sequence[str | None], *, verify: str = "numeric", samples: int = 1) -> Path:
-    """A finished job over problems whose answers are 0, 1, 2 …; None: the answer failed; with … at the end it was cut off."""
+    """A finished job over problems whose answers are 0, 1, 2 …; None: it failed; with … at the end: it was cut off."""
     answers = []
     for number, text in enumerate(texts):
         for sample in range(samples):
